@@ -1,0 +1,36 @@
+"""anyvlm: any vision tower and any causal language model of transformers, as one real Hugging Face model."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
+
+from .composition.compose import compose
+from .composition.errors import CompositionError
+from .configuration.configuration_anyvlm import CODE_VERSION as __version__
+from .configuration.configuration_anyvlm import AnyVlmConfig
+from .modeling.modeling_anyvlm import AnyVlmForConditionalGeneration, AnyVlmModel
+from .processing.processing_anyvlm import AnyVlmProcessor
+from .training.collator import AnyVlmDataCollator
+
+
+AutoConfig.register(AnyVlmConfig.model_type, AnyVlmConfig)
+# All or none: with some of them, a checkpoint's classes and the package's would be mixed.
+for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    _auto_class.register(AnyVlmConfig, AnyVlmForConditionalGeneration)
+AutoProcessor.register(AnyVlmConfig, AnyVlmProcessor)
+
+__all__ = [
+    "AnyVlmConfig",
+    "AnyVlmDataCollator",
+    "AnyVlmForConditionalGeneration",
+    "AnyVlmModel",
+    "AnyVlmProcessor",
+    "CompositionError",
+    "__version__",
+    "compose",
+]

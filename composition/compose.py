@@ -1,0 +1,215 @@
+"""Join a vision tower and a language model."""
+
+import os
+from collections.abc import Sequence
+
+import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
+
+from ..configuration.configuration_anyvlm import FUSIONS, AnyVlmConfig
+from ..modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
+from ..modeling.projectors import build_projector
+from ..modeling.vision_towers import call_vision_tower, read_features
+from ..processing.processing_anyvlm import AnyVlmProcessor
+from .chat_templates import chat_template_with_images
+from .errors import CompositionError
+from .image_processors import load_image_processor
+from .language_model_probe import check_language_model
+from .parts import PartSource, load_language_model, load_vision_tower, pretrained_name, source_name
+from .probe import num_channels, probe_vision_tower, synthetic_pictures
+from .tokenizers import add_image_token, load_tokenizer, normalise_special_tokens
+
+
+def compose(
+    vision: PartSource,
+    text: PartSource,
+    *,
+    projector: str | dict = "mlp",
+    fusion: str = "embed",
+    tokenizer: PreTrainedTokenizerBase | str | None = None,
+    image_processor: BaseImageProcessor | str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    image_token: str = "<image>",
+    vision_feature_layer: int | Sequence[int] | None = None,
+    vision_feature_select_strategy: str = "default",
+    dtype: torch.dtype | str | None = None,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+) -> tuple[AnyVlmForConditionalGeneration, AnyVlmProcessor]:
+    """Join a vision tower and a causal language model into one model, with the processor that goes with it.
+
+    The parts keep their weights; the projector between them is new, and so is the image token's row in the embeddings
+    if there was no spare one. Instances are taken over, not copied.
+
+    Args:
+        vision: The tower: a Hub id, a local path, a config (random weights) or a model instance.
+        text: The language model, likewise.
+        projector: `"linear"`, `"mlp"`, or a dict with `type` and arguments (`modeling/projectors.py`).
+        fusion: `"embed"`: image tokens take the place of placeholders in the language model's input.
+        tokenizer: Instance, path or Hub id. Default: the language model's.
+        image_processor: Instance, path or Hub id. Default: the tower's, or a plain one for a config.
+        image_size: Pixels, one edge or `(height, width)`. Default: what the image processor makes.
+        image_token: Text that stands for a picture. Added to the tokenizer as one token if it has none.
+        vision_feature_layer: `None` for the tower's last hidden state; an index or indices into its hidden states.
+        vision_feature_select_strategy: `"default"` for the patches, `"full"` for every token of the tower.
+        dtype: One dtype for the whole model. Default: the language model's.
+        trust_remote_code: Allow parts whose code is in their own checkpoint.
+        seed: For what is random: the projector, new embedding rows, and parts given as configs.
+
+    Returns:
+        The model, in eval mode, and its processor.
+
+    Raises:
+        CompositionError: the parts cannot work together; the message says why and what would.
+    """
+    if fusion not in FUSIONS:
+        raise CompositionError(f"Unknown fusion {fusion!r}. Choose one of: {', '.join(FUSIONS)}.")
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    projector_config = {"type": projector} if isinstance(projector, str) else dict(projector)
+    layer = list(vision_feature_layer) if isinstance(vision_feature_layer, Sequence) else vision_feature_layer
+
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        # Cheap mistakes first: an unknown projector is found before a gigabyte is read.
+        build_projector({"in_features": 1, "out_features": 1, **projector_config})
+        language_model = load_language_model(text, dtype, trust_remote_code)
+        dtype = dtype or language_model.dtype
+        vision_tower = load_vision_tower(vision, dtype, trust_remote_code)
+        text_tokenizer = load_tokenizer(tokenizer, text, trust_remote_code)
+        composed_from = {
+            "vision": _origin(vision, "vision"),
+            "text": _origin(text, "text"),
+        }
+        for part in (vision_tower, language_model):
+            _cast(part, dtype)
+
+        check_language_model(language_model)
+        normalise_special_tokens(text_tokenizer, language_model)
+        image_token_id = add_image_token(text_tokenizer, language_model, image_token)
+
+        picture_processor, size = load_image_processor(
+            image_processor, vision, vision_tower.config, image_size, trust_remote_code
+        )
+        spec = probe_vision_tower(vision_tower, size, layer, vision_feature_select_strategy)
+
+        embedding_width = _embedding_width(language_model)
+        projector_config = {
+            "in_features": spec["hidden_size"],
+            "out_features": embedding_width,
+            **projector_config,
+        }
+        for part in (vision_tower, language_model):
+            part.config.dtype = dtype
+            part.config.name_or_path = ""
+        config = AnyVlmConfig(
+            vision_config=vision_tower.config,
+            text_config=language_model.config,
+            vision_tower_spec=spec,
+            projector_config=projector_config,
+            fusion=fusion,
+            image_token_id=image_token_id,
+            vision_feature_layer=layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            composed_from=composed_from,
+            architectures=["AnyVlmForConditionalGeneration"],
+            dtype=dtype,
+        )
+        model = _assemble(config, vision_tower, language_model)
+        _match_embedding_scale(model, picture_processor)
+
+    processor = AnyVlmProcessor(
+        image_processor=picture_processor,
+        tokenizer=text_tokenizer,
+        chat_template=chat_template_with_images(text_tokenizer, image_token),
+        image_token=image_token,
+        vision_tower_spec=spec,
+        projector_config=projector_config,
+    )
+    return model.eval(), processor
+
+
+def _assemble(config: AnyVlmConfig, vision_tower: nn.Module, language_model: nn.Module):
+    """The model around the parts as they are, without a second copy of their weights."""
+    with torch.device("meta"):
+        model = AnyVlmForConditionalGeneration(config)
+    model.vision_tower = vision_tower
+    model.language_model = language_model
+    projector = build_projector(config.projector_config)
+    for module in projector.modules():
+        model._init_weights(module)
+    model.multi_modal_projector = projector.to(language_model.device, config.dtype)
+    model.generation_config = language_model.generation_config
+    return model
+
+
+def _match_embedding_scale(model: AnyVlmForConditionalGeneration, image_processor: BaseImageProcessor) -> None:
+    """Scale the projector's output layer so that image tokens start with the RMS of the text's embeddings.
+
+    Far larger or smaller tokens than a language model ever saw are a common cause of NaN after a swap.
+    """
+    spec = model.config.vision_tower_spec
+    tower = model.vision_tower
+    pictures = synthetic_pictures(4, num_channels(tower.config), tuple(spec["image_size"]))
+    device = next(tower.parameters()).device
+    tower.eval()
+    raw_features = call_vision_tower(
+        tower, pictures.to(device, tower.dtype), model.config.vision_feature_layer, spec["call_kwargs"]
+    )
+    features = read_features(raw_features, spec).float()
+    if not bool(torch.isfinite(features).all()):
+        raise CompositionError(
+            f"{type(tower).__name__} gives features that are not finite. Are its weights loaded, and does {tower.dtype} "
+            "hold their values?"
+        )
+    projector = model.multi_modal_projector
+    dtype = projector.output_layer.weight.dtype
+    tokens, _ = projector.float()(features.to(projector.output_layer.weight.device), tuple(spec["grid"]))
+    scale = embedding_rms(model.language_model) / tokens.square().mean().sqrt().clamp(min=1e-12)
+    projector.output_layer.weight.mul_(scale)
+    projector.to(dtype)
+
+
+def _cast(part: nn.Module, dtype: torch.dtype) -> None:
+    """Cast weights as loading them in `dtype` would: buffers that are computed (rotary frequencies) and modules that
+    the part keeps in fp32 stay as they are. `Module.to` would round them, and a reloaded model would differ."""
+    kept = set(part._keep_in_fp32_modules_strict or ())
+    if dtype == torch.float16:
+        kept |= set(part._keep_in_fp32_modules or ())
+    for name, tensor in part.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and not kept.intersection(name.split(".")):
+            tensor.data = tensor.data.to(dtype)
+
+
+def embedding_rms(language_model: nn.Module, max_rows: int = 4096) -> torch.Tensor:
+    """RMS of the language model's token embeddings as its embedding module gives them, scale included (gemma)."""
+    embeddings = language_model.get_input_embeddings()
+    num_rows = embeddings.weight.shape[0]
+    ids = torch.arange(0, num_rows, max(1, num_rows // max_rows), device=embeddings.weight.device)
+    values = embeddings(ids.unsqueeze(0))[0].float()
+    used = values.abs().sum(-1) > 0  # rows that pad the vocabulary are zero
+    return values[used].square().mean().sqrt()
+
+
+def _embedding_width(language_model: nn.Module) -> int:
+    embeddings = language_model.get_input_embeddings()
+    return embeddings(torch.zeros(1, 1, dtype=torch.long, device=embeddings.weight.device)).shape[-1]
+
+
+def _origin(source: PartSource, part: str) -> dict[str, str | None]:
+    """Hub id and licence of a part, as far as they are known here, for the model card."""
+    origin = {"id": source_name(source), "license": None}
+    path = pretrained_name(source)
+    card = os.path.join(path, "README.md") if path else None
+    if card and os.path.isfile(card):
+        origin["license"] = ModelCard.load(card, ignore_metadata_errors=True).data.license
+    elif origin["id"]:
+        try:
+            origin["license"] = ModelCard.load(origin["id"]).data.license
+        except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError, OSError, ValueError):
+            pass  # no card, or no network: the licence stays unknown and the model card says so
+    return origin

@@ -1,0 +1,133 @@
+"""Load a part from what the caller passed: Hub id, local path, config or model instance."""
+
+import copy
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from .errors import CompositionError
+
+
+PartSource = str | os.PathLike | PreTrainedConfig | PreTrainedModel
+
+
+def load_vision_tower(source: PartSource, dtype: torch.dtype | None = None, trust_remote_code: bool = False):
+    """The bare vision tower. The `vision_config` part of a composite (a whole CLIP) is taken out of it.
+
+    Raises:
+        CompositionError: there is no tower in it, or its weights are not all there.
+    """
+    if isinstance(source, PreTrainedModel):
+        return _inner_model(source, "vision_config", MODEL_MAPPING)
+    config = _config_of(source, trust_remote_code)
+    config = _sub_config(config, "vision_config")
+    _check_mapping(config, MODEL_MAPPING, "vision tower", "a vision tower such as dinov2, siglip or clip")
+    return _load(AutoModel, source, config, dtype, trust_remote_code)
+
+
+def load_language_model(source: PartSource, dtype: torch.dtype | None = None, trust_remote_code: bool = False):
+    """The whole causal language model. The `text_config` part of a composite (a Gemma 3) is taken out of it.
+
+    Raises:
+        CompositionError: there is no causal language model in it, or its weights are not all there.
+    """
+    if isinstance(source, PreTrainedModel):
+        model = _inner_model(source, "text_config", MODEL_FOR_CAUSAL_LM_MAPPING)
+        if not model.can_generate():
+            raise CompositionError(
+                f"{type(model).__name__} has no language model head. Pass the causal LM, loaded with "
+                "AutoModelForCausalLM."
+            )
+        return model
+    config = _config_of(source, trust_remote_code)
+    config = _sub_config(config, "text_config")
+    _check_mapping(
+        config, MODEL_FOR_CAUSAL_LM_MAPPING, "causal language model", "a decoder such as llama, qwen3 or gpt2"
+    )
+    return _load(AutoModelForCausalLM, source, config, dtype, trust_remote_code)
+
+
+def source_name(source: PartSource) -> str | None:
+    """Hub id of a part if it has one; `None` for configs and for local folders, whose paths mean nothing elsewhere."""
+    name = source.name_or_path if isinstance(source, (PreTrainedModel, PreTrainedConfig)) else os.fspath(source)
+    return None if not name or os.path.exists(name) else name
+
+
+def pretrained_name(source: Any) -> str | None:
+    """Where files of a part (tokenizer, image processor, card) may be found: a path or Hub id, or `None`."""
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
+    return getattr(source, "name_or_path", None) or None
+
+
+def _config_of(source: PartSource, trust_remote_code: bool) -> PreTrainedConfig:
+    if isinstance(source, PreTrainedConfig):
+        return copy.deepcopy(source)
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(
+            f"A part must be a Hub id, a local path, a PreTrainedConfig or a PreTrainedModel, not {type(source).__name__}."
+        )
+    return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
+def _sub_config(config: PreTrainedConfig, key: str) -> PreTrainedConfig:
+    sub_config = getattr(config, key, None)
+    return sub_config if isinstance(sub_config, PreTrainedConfig) else config
+
+
+def _check_mapping(config: PreTrainedConfig, mapping, wanted: str, example: str) -> None:
+    if type(config) not in mapping:
+        other = "a language model" if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else "no causal language model"
+        what = other if mapping is MODEL_MAPPING else "no causal language model (an encoder, or not a text model)"
+        raise CompositionError(
+            f"{config.model_type!r} is {what} in transformers, so it cannot be the {wanted}. Pass {example}."
+        )
+
+
+def _inner_model(model: PreTrainedModel, key: str, mapping) -> PreTrainedModel:
+    """The part of a composite instance that `key` configures; the instance itself if it is not a composite."""
+    sub_config = getattr(model.config, key, None)
+    if not isinstance(sub_config, PreTrainedConfig):
+        return model
+    wanted = mapping[type(sub_config)] if type(sub_config) in mapping else None
+    for module in model.modules():
+        if wanted is not None and isinstance(module, wanted) and module.config is sub_config:
+            return module
+    raise CompositionError(
+        f"{type(model).__name__} does not hold its {key.split('_')[0]} part as a model of its own. Save it and pass the "
+        "path, or pass that part."
+    )
+
+
+def _load(auto_class, source: PartSource, config: PreTrainedConfig, dtype, trust_remote_code: bool) -> nn.Module:
+    if isinstance(source, PreTrainedConfig):
+        kwargs = {} if dtype is None else {"dtype": dtype}
+        return auto_class.from_config(config, trust_remote_code=trust_remote_code, **kwargs)
+    model, info = auto_class.from_pretrained(
+        source,
+        config=config,
+        dtype=dtype or "auto",
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+    )
+    # What a tower's pooling head lacks is no loss here: patches are read before it.
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(("pooler.", "head.")))
+    if missing:
+        named = ", ".join(missing[:5]) + (" …" if len(missing) > 5 else "")
+        raise CompositionError(
+            f"{os.fspath(source)} has no weights for {len(missing)} parameters of {type(model).__name__}: {named}. It "
+            "may hold this part under other names, or be another kind of checkpoint; load the part with its own class "
+            "and pass the instance."
+        )
+    return model

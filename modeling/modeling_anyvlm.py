@@ -1,0 +1,406 @@
+"""A vision tower, a projector and a causal language model, as one transformers model."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationMixin, LogitsProcessorList, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.generation import SuppressTokensLogitsProcessor
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.utils import ModelOutput, can_return_tuple
+
+from ..configuration.configuration_anyvlm import AnyVlmConfig
+from ..configuration.image_tokens import image_grid
+from .language_models import LanguageModelInterface, default_position_ids, labelled_positions
+from .projectors import build_projector
+from .vision_towers import build_vision_tower, call_vision_tower, read_features
+
+
+@dataclass
+class AnyVlmCausalLMOutput(ModelOutput):
+    """Output of `AnyVlmForConditionalGeneration`.
+
+    What the language model returns beyond these fields (router logits, another kind of cache) is kept under its own
+    name.
+
+    Args:
+        loss: The language model's own loss, scalar, with its auxiliary loss where it has one.
+        logits: `(batch, positions, vocab_size)`. With `labels`, only the positions that predict a label.
+        past_key_values: The language model's cache.
+        hidden_states: Hidden states of the language model, if asked for.
+        attentions: Attentions of the language model, if asked for.
+        image_hidden_states: Projected image features, `(all image tokens of the batch, width)`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+
+
+class ImageTokenSuppressor(SuppressTokensLogitsProcessor):
+    """Keeps placeholders out of what is generated. A class of its own, so that a caller's suppression list adds to it."""
+
+
+class AnyVlmModel(PreTrainedModel):
+    """The parts and how they are joined, without loss and generation. `forward` returns the last hidden states.
+
+    The causal LM is held whole, at top level: its head, loss, caches and tied weights stay its own, and its weights
+    keep their standard names under `language_model.`, as the tower's do under `vision_tower.`.
+    """
+
+    config_class = AnyVlmConfig
+    config: AnyVlmConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: AnyVlmConfig):
+        super().__init__(config)
+        if config.vision_tower_spec is None or config.projector_config is None:
+            raise ValueError(
+                "This AnyVlmConfig does not say how its vision tower is read (vision_tower_spec, projector_config). "
+                "Make the model with anyvlm.compose(vision=…, text=…), which measures it."
+            )
+        self.vision_tower = build_vision_tower(config.vision_config)
+        self.multi_modal_projector = build_projector(config.projector_config)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self._check_widths()
+        self.language_model_interface = LanguageModelInterface(self.language_model)
+        # Generation asks the outermost model whether the cache can be rolled back.
+        self._is_stateful = self.language_model._is_stateful
+        self.post_init()
+        # `post_init` collects these from every child, used or not; FSDP fails on a class that no module has.
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = {name for name in self._no_split_modules if name in present}
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Only the projector is ours; the parts initialise themselves."""
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def _check_widths(self) -> None:
+        spec, projector_config = self.config.vision_tower_spec, self.config.projector_config
+        if projector_config["in_features"] != spec["hidden_size"]:
+            raise ValueError(
+                f"The projector takes features of width {projector_config['in_features']}, but the vision tower gives "
+                f"{spec['hidden_size']}. Set projector_config['in_features'] to {spec['hidden_size']}, or compose "
+                "again and leave it out: it is measured."
+            )
+        embedding_width = getattr(self.get_input_embeddings(), "embedding_dim", None)
+        if embedding_width is not None and projector_config["out_features"] != embedding_width:
+            raise ValueError(
+                f"The projector gives tokens of width {projector_config['out_features']}, but the language model's "
+                f"embeddings are {embedding_width} wide. Set projector_config['out_features'] to {embedding_width}, "
+                "or compose again and leave it out: it is measured."
+            )
+
+    # The language model answers for everything that concerns text.
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
+        """As transformers'. Left to the language model, some of which keep the vocabulary's size in several places."""
+        embeddings = self.language_model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        self.config.text_config.vocab_size = self.language_model.config.vocab_size
+        return embeddings
+
+    # Pictures.
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Features and projected tokens of pictures.
+
+        A tower none of whose parameters require a gradient is frozen: it runs in `eval()` and without a graph.
+
+        Args:
+            pixel_values: `(num_images, channels, height, width)`, as the processor makes them.
+
+        Returns:
+            `last_hidden_state`: the tower's features `(num_images, num_features, hidden_size)`; `pooler_output`: a
+            list with the tokens `(num_tokens, embedding width)` of each picture.
+
+        Raises:
+            ValueError: pictures of another size or shape than the tower was composed for.
+        """
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                f"pixel_values must be (num_images, channels, height, width), got shape {tuple(pixel_values.shape)}."
+            )
+        spec = self.config.vision_tower_spec
+        grid = image_grid(spec, *pixel_values.shape[-2:])
+        frozen = not any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+        if frozen and self.vision_tower.training:
+            self.vision_tower.eval()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            raw_features = call_vision_tower(
+                self.vision_tower,
+                pixel_values.to(self.vision_tower.dtype),
+                self.config.vision_feature_layer,
+                spec["call_kwargs"],
+            )
+            features = read_features(raw_features, spec)
+        projector_dtype = self.multi_modal_projector.output_layer.weight.dtype
+        tokens, _ = self.multi_modal_projector(features.to(projector_dtype), grid)
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=list(tokens))
+
+    def _image_tokens(
+        self, pixel_values: torch.Tensor | None, mm_encoder_outputs: dict[str, Any] | None
+    ) -> torch.Tensor | None:
+        """All image tokens of the batch `(num_tokens, width)`, in the order of their pictures, or `None`."""
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if encoded is not None and pixel_values is not None:
+            raise ValueError("Pass pixel_values or mm_encoder_outputs['image'], not both.")
+        if encoded is None and pixel_values is not None:
+            encoded = self.get_image_features(pixel_values, return_dict=True)
+        return None if encoded is None else torch.cat(list(encoded.pooler_output), dim=0)
+
+    def _image_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Boolean `(batch, sequence)`, true where an image token stands."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        placeholder = self.get_input_embeddings()(
+            torch.tensor([self.config.image_token_id], device=inputs_embeds.device)
+        )
+        return (inputs_embeds == placeholder.to(inputs_embeds.dtype)).all(-1)
+
+    def _language_model_inputs(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        attention_mask: Any,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+        mm_encoder_outputs: dict[str, Any] | None,
+        **kwargs,
+    ) -> tuple[dict[str, Any], torch.Tensor | None]:
+        """Arguments for the language model, and the image tokens put into them.
+
+        Without pictures the language model gets the ids or embeddings as they came: text alone is its own affair.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        image_tokens = self._image_tokens(pixel_values, mm_encoder_outputs)
+        sequence = input_ids if inputs_embeds is None else inputs_embeds
+        batch_size, sequence_length = sequence.shape[:2]
+        extra = {}
+        if image_tokens is not None:
+            image_mask = self._image_mask(input_ids, inputs_embeds)
+            num_placeholders = int(image_mask.sum())
+            if num_placeholders != len(image_tokens):
+                raise ValueError(
+                    f"The pictures give {len(image_tokens)} image tokens, but the text has {num_placeholders} "
+                    f"placeholders (token id {self.config.image_token_id}). Make pixel_values and input_ids in one "
+                    "call of the processor, with one image token in the text for each picture."
+                )
+            if inputs_embeds is None:
+                inputs_embeds = self.get_input_embeddings()(input_ids)
+            extra = self.language_model_interface.embedding_arguments(
+                self.language_model, input_ids, image_mask, self.config.text_config.pad_token_id or 0
+            )
+            inputs_embeds = inputs_embeds.masked_scatter(
+                image_mask.unsqueeze(-1), image_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
+            )
+            input_ids = None
+        elif input_ids is not None and sequence_length > 1 and bool((input_ids == self.config.image_token_id).any()):
+            raise ValueError(
+                "The text has image tokens, but no pixel_values came with it. Pass what the processor returned whole: "
+                "model(**inputs), model.generate(**inputs)."
+            )
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = default_position_ids(attention_mask, past_length, sequence_length, sequence.device)
+        arguments = self.language_model_interface.arguments(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **extra,
+            **kwargs,
+        )
+        return arguments, image_tokens
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Last hidden states `(batch, sequence, hidden_size)`. Arguments as in `AnyVlmForConditionalGeneration`."""
+        arguments, _ = self._language_model_inputs(
+            input_ids,
+            inputs_embeds,
+            pixel_values,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            mm_encoder_outputs,
+            **kwargs,
+        )
+        outputs = self.language_model.base_model(**arguments, return_dict=True)
+        return BaseModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
+        """As transformers', but a weight that the checkpoint lacks is an error, never a random weight.
+
+        Raises:
+            ValueError: the checkpoint lacks weights; the message names them.
+        """
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        missing = sorted(info["missing_keys"])
+        if missing:
+            named = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(missing)} weights of the model: {named}. They would be "
+                "random, so nothing is loaded. Save the checkpoint again with save_pretrained, whole."
+            )
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel") -> None:
+        """Nothing to do: Auto classes call this at every remote load, and the config writes `auto_map`."""
+
+
+class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
+    """The composed model with loss and generation."""
+
+    # Trainer divides by the number of labels in all accumulated batches; the LM's loss takes that number.
+    accepts_loss_kwargs = True
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        **kwargs,
+    ) -> AnyVlmCausalLMOutput:
+        """Run the model.
+
+        Args:
+            input_ids: `(batch, sequence)`. Image tokens stand where picture features go, in the pictures' order.
+            pixel_values: `(num_images in the whole batch, channels, height, width)`; left out for text alone.
+            attention_mask: `(batch, sequence)`, 0 at padding on either side; or a mask the language model takes.
+            position_ids: `(batch, sequence)`. Default: padding is not counted.
+            inputs_embeds: `(batch, sequence, width)` in place of `input_ids`.
+            labels: `(batch, sequence)`, -100 where nothing is to be predicted. Shifted inside, as in any causal LM.
+            logits_to_keep: Positions whose logits are wanted, as in transformers; 0 for all. Default: all without
+                labels, and with labels only where there is one, so that pictures and prompts cost no row of the
+                vocabulary's size.
+            mm_encoder_outputs: `{"image": …}`, what `get_image_features` returned, in place of `pixel_values`.
+            **kwargs: Handed to the language model (`num_items_in_batch`, `output_hidden_states`, …).
+
+        Raises:
+            ValueError: placeholders and pictures do not agree; nothing is supervised.
+        """
+        if labels is not None and logits_to_keep is None and self.language_model_interface.takes_logits_to_keep:
+            logits_to_keep, labels = labelled_positions(labels, self.language_model_interface.keeps_logits_per_sample)
+        arguments, image_tokens = self._language_model_inputs(
+            input_ids,
+            inputs_embeds,
+            pixel_values,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            mm_encoder_outputs,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        outputs = self.language_model(**arguments, return_dict=True)
+        result = AnyVlmCausalLMOutput(image_hidden_states=image_tokens)
+        for name, value in outputs.items():
+            result[name] = value
+        return result
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        is_first_iteration: bool | None = False,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> dict[str, Any]:
+        """The language model prepares its inputs by its own rules; pictures go along while the prompt is not cached."""
+        model_inputs = self.language_model.prepare_inputs_for_generation(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        if is_first_iteration or not use_cache:
+            model_inputs["pixel_values"] = pixel_values
+            model_inputs["mm_encoder_outputs"] = mm_encoder_outputs
+        return model_inputs
+
+    def _prepare_cache_for_generation(self, *args, **kwargs) -> None:
+        """The kind of cache is the language model's choice (state-space models have one of their own)."""
+        self.language_model._prepare_cache_for_generation(*args, **kwargs)
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config=None,
+        logits_processor: LogitsProcessorList | None = None,
+        *args,
+        **kwargs,
+    ):
+        """As transformers' `generate`; the image token is never generated."""
+        processors = LogitsProcessorList(logits_processor or [])
+        if self.config.image_token_id is not None:
+            processors.append(ImageTokenSuppressor([self.config.image_token_id], device=self.device))
+        return super().generate(inputs, generation_config, processors, *args, **kwargs)
+
+
+__all__ = ["AnyVlmForConditionalGeneration", "AnyVlmModel"]

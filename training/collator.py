@@ -1,0 +1,168 @@
+"""Batches for `Trainer` from conversations with pictures; only the assistant's words are supervised."""
+
+import bisect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import ProcessorMixin
+from transformers.utils.chat_template_utils import render_jinja_template
+
+
+@dataclass
+class AnyVlmDataCollator:
+    """Turn samples into a batch with labels.
+
+    A sample is a dict with `messages`, as in TRL and `datasets`: a list of `{"role": …, "content": …}` whose content
+    is a string, or a list of `{"type": "text", "text": …}` and `{"type": "image"}`; pictures stand in the content
+    (`{"type": "image", "image": …}`) or in order in the sample's `images`. A sample whose messages place no picture
+    has its `images` put in front of the first user message.
+
+    Args:
+        processor: The model's processor.
+        max_length: Most tokens a sample may have, image tokens included; longer ones raise. A sample cut off inside a
+            picture or an answer would be another sample.
+        padding_side: `"right"` or `"left"`.
+
+    Raises:
+        ValueError: no token of the batch is supervised; a sample is too long; the chat template does not show where
+            the assistant's words are.
+    """
+
+    processor: ProcessorMixin
+    max_length: int | None = None
+    padding_side: str = "right"
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        texts, spans, pictures = [], [], []
+        for sample in samples:
+            messages, images = place_images(sample)
+            text, assistant_spans = render_with_assistant_spans(self.processor, messages)
+            texts.append(text)
+            spans.append(assistant_spans)
+            pictures.append(images)
+        bos = self.processor.tokenizer.bos_token
+        batch = self.processor(
+            text=texts,
+            images=pictures if any(pictures) else None,
+            add_special_tokens=not (bos and texts[0].startswith(bos)),
+            padding=True,
+            padding_side=self.padding_side,
+            return_tensors="pt",
+            return_offsets_mapping=True,
+            return_text_replacement_offsets=True,
+        )
+        offsets = batch.pop("offset_mapping")
+        replacements = batch.pop("text_replacement_offsets", None) or [[] for _ in samples]
+        labels = torch.full_like(batch["input_ids"], -100)
+        for row, sample_spans in enumerate(spans):
+            supervised = _tokens_in_spans(offsets[row], _after_expansion(sample_spans, replacements[row]))
+            labels[row, supervised] = batch["input_ids"][row, supervised]
+        self._check(batch, labels)
+        batch["labels"] = labels
+        return dict(batch)
+
+    def _check(self, batch: Mapping[str, torch.Tensor], labels: torch.Tensor) -> None:
+        lengths = batch["attention_mask"].sum(1)
+        if self.max_length is not None and int(lengths.max()) > self.max_length:
+            raise ValueError(
+                f"Sample {int(lengths.argmax())} of the batch has {int(lengths.max())} tokens, more than max_length="
+                f"{self.max_length}. Shorten its text or raise max_length."
+            )
+        if not bool((labels[:, 1:] != -100).any()):
+            raise ValueError(
+                "No token of this batch is supervised. Each sample needs a message of role 'assistant' with some text; "
+                "check the names of the roles, and that the chat template renders them."
+            )
+
+
+def place_images(sample: Mapping[str, Any]) -> tuple[list[dict], list]:
+    """A sample's messages with a content block or placeholder for each picture, and its pictures in order."""
+    messages = [dict(message) for message in sample["messages"]]
+    given = sample.get("images")
+    given = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+    inline = [
+        block[key]
+        for message in messages
+        if isinstance(message.get("content"), (list, tuple))
+        for block in message["content"]
+        if block.get("type") == "image"
+        for key in ("image", "url", "path")
+        if block.get(key) is not None
+    ]
+    if inline and given:
+        raise ValueError("A sample has pictures both in its messages and in `images`. Put them in one place.")
+    if given and not any(_places_image(message.get("content")) for message in messages):
+        for message in messages:
+            if message["role"] == "user":
+                content = message["content"]
+                blocks = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+                message["content"] = [*[{"type": "image"} for _ in given], *blocks]
+                break
+    return messages, inline or given
+
+
+def _places_image(content: Any) -> bool:
+    if isinstance(content, str):
+        return "<image>" in content
+    return any(block.get("type") == "image" for block in content or [])
+
+
+def render_with_assistant_spans(processor: ProcessorMixin, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
+    """Render a conversation; returns the text and the `(start, end)` characters of the assistant's words.
+
+    A template that marks them with `{% generation %}` is believed. From any other, each assistant message is what its
+    rendering adds to the rendering of all before it with the generation prompt, end of turn included.
+
+    Raises:
+        ValueError: an earlier part of the conversation is rendered differently once a message follows it, so that the
+            assistant's words cannot be found.
+    """
+    template = processor.chat_template
+    variables = processor.tokenizer.special_tokens_map
+
+    def render(part: list[dict], add_generation_prompt: bool = False) -> str:
+        rendered, _ = render_jinja_template(
+            conversations=[part], chat_template=template, add_generation_prompt=add_generation_prompt, **variables
+        )
+        return rendered[0]
+
+    if re.search(r"\{\%-?\s*generation\s*-?\%\}", template):
+        rendered, marked = render_jinja_template(
+            conversations=[messages], chat_template=template, return_assistant_tokens_mask=True, **variables
+        )
+        return rendered[0], [tuple(span) for span in marked[0]]
+
+    text = render(messages)
+    spans = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = render(messages[:index], add_generation_prompt=True)
+        after = render(messages[: index + 1]) if index + 1 < len(messages) else text
+        if not (text.startswith(before) and text.startswith(after)):
+            raise ValueError(
+                f"The chat template renders the conversation up to message {index} differently when more messages "
+                "follow, so the assistant's words cannot be told from the rest. Mark them in the template with "
+                "{% generation %} … {% endgeneration %} and set processor.chat_template."
+            )
+        spans.append((len(before), len(after)))
+    return text, spans
+
+
+def _after_expansion(spans: list[tuple[int, int]], replacements: list[dict]) -> list[tuple[int, int]]:
+    """Where spans of the rendered text are after each image token was repeated."""
+    ends = [replacement["span"][1] for replacement in replacements]
+    gained = [0] + [replacement["new_span"][1] - replacement["span"][1] for replacement in replacements]
+    return [tuple(char + gained[bisect.bisect_right(ends, char)] for char in span) for span in spans]
+
+
+def _tokens_in_spans(offsets: torch.Tensor, spans: list[tuple[int, int]]) -> torch.Tensor:
+    """Boolean `(sequence,)`: tokens that overlap a span. Tokens without characters (padding, added ones) never do."""
+    starts, ends = offsets[:, 0], offsets[:, 1]
+    inside = torch.zeros(len(offsets), dtype=torch.bool)
+    for start, end in spans:
+        inside |= (starts < end) & (ends > start) & (ends > starts)
+    return inside
