@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from transformers import AutoImageProcessor, PreTrainedConfig, ViTImageProcessor
+from transformers import AutoImageProcessor, PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .errors import CompositionError
@@ -70,7 +70,11 @@ def _load(source: str, required: bool, trust_remote_code: bool) -> BaseImageProc
 
 
 def _plain_processor(size: tuple[int, int]) -> tuple[BaseImageProcessor, tuple[int, int]]:
-    return ViTImageProcessor(size={"height": size[0], "width": size[1]}), size
+    # Pillow's version of ViTImageProcessor; it is saved under that name, and either version loads it. Imported here
+    # because transformers takes a while to load it.
+    from transformers import ViTImageProcessorPil
+
+    return ViTImageProcessorPil(size={"height": size[0], "width": size[1]}), size
 
 
 def _config_size(config: PreTrainedConfig) -> tuple[int, int] | None:

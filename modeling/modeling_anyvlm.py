@@ -129,6 +129,14 @@ class AnyVlmModel(PreTrainedModel):
         self.config.text_config.vocab_size = self.language_model.config.vocab_size
         return embeddings
 
+    def enable_input_require_grads(self) -> None:
+        """For gradient checkpointing and adapters. Only the text's embeddings need it: transformers' version would also
+        hook the tower's patch embedding, which for some towers (swin, hiera) does not return a tensor."""
+        self.language_model.enable_input_require_grads()
+
+    def disable_input_require_grads(self) -> None:
+        self.language_model.disable_input_require_grads()
+
     # Pictures.
 
     @can_return_tuple

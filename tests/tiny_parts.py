@@ -1,0 +1,210 @@
+"""Tiny random parts of every family that is tested: a few lines each, milliseconds to build."""
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerFast
+
+
+VOCABULARY = ["<unk>", "<s>", "</s>", "<pad>", "User", "Assistant", ":", "?", ".", ","] + [f"w{i}" for i in range(80)]
+
+#: Settings that most vision configs have; each type takes those it knows.
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+#: model type -> (settings of its own, picture size, tokens that are not patches before and after, grid).
+TOWERS: dict[str, tuple[dict, int, tuple[int, int], tuple[int, int]]] = {
+    "clip_vision_model": ({}, 32, (1, 0), (4, 4)),
+    "siglip_vision_model": ({}, 32, (0, 0), (4, 4)),
+    "dinov2": ({}, 32, (1, 0), (4, 4)),
+    "dinov2_with_registers": ({"num_register_tokens": 2}, 32, (3, 0), (4, 4)),
+    "dinov3_vit": ({"num_register_tokens": 4}, 32, (5, 0), (4, 4)),
+    "vit": ({}, 32, (1, 0), (4, 4)),
+    "deit": ({}, 32, (2, 0), (4, 4)),
+    "beit": ({}, 32, (1, 0), (4, 4)),
+    "yolos": ({"image_size": [32, 32], "num_detection_tokens": 10}, 32, (1, 10), (4, 4)),
+    "ijepa": ({}, 32, (0, 0), (4, 4)),
+    "aimv2_vision_model": ({}, 32, (0, 0), (4, 4)),
+    "mlcd": ({"num_key_value_groups": 1}, 32, (1, 0), (4, 4)),
+    "resnet": ({"embedding_size": 16, "hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1]}, 64, (0, 0), (2, 2)),
+    "convnext": ({"hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1], "patch_size": 4}, 64, (0, 0), (2, 2)),
+    "swin": (
+        {"embed_dim": 16, "depths": [1, 1, 1], "num_heads": [2, 2, 2], "window_size": 4, "image_size": 64, "patch_size": 4},
+        64,
+        (0, 0),
+        (4, 4),
+    ),
+    "hiera": (
+        {"embed_dim": 16, "image_size": [64, 64], "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8], "patch_size": [7, 7]},
+        64,
+        (0, 0),
+        (2, 2),
+    ),
+    "mobilevit": (
+        {"hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 24, 24, 40], "image_size": 64, "patch_size": 2},
+        64,
+        (0, 0),
+        (2, 2),
+    ),
+    "segformer": (
+        {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 4]},
+        64,
+        (0, 0),
+        (2, 2),
+    ),
+    "sam_vision_model": ({"output_channels": 16, "mlp_dim": 64, "window_size": 2, "num_pos_feats": 8}, 32, (0, 0), (4, 4)),
+    "sam2_vision_model": (
+        {
+            "backbone_config": {
+                "model_type": "sam2_hiera_det_model",
+                "hidden_size": 16,
+                "image_size": [64, 64],
+                "blocks_per_stage": [1, 1, 2, 1],
+                "embed_dim_per_stage": [16, 32, 48, 64],
+                "num_attention_heads_per_stage": [1, 2, 4, 8],
+                "global_attention_blocks": [3],
+                "window_size_per_stage": [4, 4, 4, 2],
+                "window_positional_embedding_background_size": [4, 4],
+            },
+            "backbone_channel_list": [64, 48, 32, 16],
+            "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+            "fpn_hidden_size": 16,
+        },
+        64,
+        (0, 0),
+        (2, 2),
+    ),
+    "pvt": (
+        {
+            "image_size": 64,
+            "hidden_sizes": [8, 16, 24, 32],
+            "depths": [1, 1, 1, 1],
+            "num_attention_heads": [1, 2, 2, 4],
+            "patch_sizes": [4, 2, 2, 2],
+        },
+        64,
+        (1, 0),
+        (2, 2),
+    ),
+}
+
+#: Settings that most text configs have; each type takes those it knows. Scales and caps are set so that they matter.
+_TEXT = {
+    "vocab_size": len(VOCABULARY),
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 3,
+    "sliding_window": 16,
+    "query_pre_attn_scalar": 8,
+    "final_logit_softcapping": 5.0,
+    "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 2.0,
+    "logit_scale": 0.5,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+}
+
+#: model type -> settings of its own.
+LANGUAGE_MODELS: dict[str, dict] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {},
+    "gemma3_text": {},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 16},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "falcon": {},
+    "phi": {},
+    "phi3": {},
+    "granite": {},
+    "cohere2": {},
+    "olmo2": {},
+    "smollm3": {},
+    "minicpm3": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+    "mixtral": {},
+    "qwen3_moe": {},
+    "mamba": {"state_size": 16, "time_step_rank": 4},
+    "gemma3n_text": {
+        "vocab_size_per_layer_input": len(VOCABULARY),
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 8,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "intermediate_size": [64] * 4,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
+}
+
+
+def vision_config(model_type: str) -> PreTrainedConfig:
+    return _config(model_type, _VISION, TOWERS[model_type][0])
+
+
+def text_config(model_type: str) -> PreTrainedConfig:
+    return _config(model_type, _TEXT, LANGUAGE_MODELS[model_type])
+
+
+def _config(model_type: str, common: dict, own: dict) -> PreTrainedConfig:
+    config_class = CONFIG_MAPPING[model_type]
+    known = set(config_class.__dataclass_fields__)
+    mapped = config_class.attribute_map
+    settings = {key: value for key, value in common.items() if key in known and mapped.get(key) not in own}
+    return config_class(**{**settings, **own})
+
+
+def tiny_tokenizer(**special_tokens) -> PreTrainedTokenizerFast:
+    """One token per word of `VOCABULARY`. `special_tokens` override; `None` leaves one out."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
+    )
+    tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", **special_tokens}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, **{name: token for name, token in tokens.items() if token is not None}
+    )
+
+
+def make_sensitive(model: torch.nn.Module, seed: int = 1) -> None:
+    """Larger random weights, so that a token or picture that goes astray shows in the logits; deterministic."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
+            if parameter.is_floating_point():
+                scale = 0.15 if parameter.ndim >= 2 else 0.05
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+@torch.no_grad()
+def fit_batch_norms(tower: torch.nn.Module, pixel_values: torch.Tensor) -> None:
+    """Give batch norms the statistics of some pictures, as training would; with none, deep random maps are constant."""
+    norms = [module for module in tower.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    if norms:
+        for norm in norms:
+            norm.train()
+            norm.momentum = 1.0
+        tower(pixel_values)
+        tower.eval()
