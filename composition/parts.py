@@ -8,10 +8,12 @@ import torch
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -29,7 +31,7 @@ def load_vision_tower(source: PartSource, dtype: torch.dtype | None = None, trus
         CompositionError: there is no tower in it, or its weights are not all there.
     """
     if isinstance(source, PreTrainedModel):
-        return _inner_model(source, "vision_config", MODEL_MAPPING)
+        return _vision_part(source)
     config = _config_of(source, trust_remote_code)
     config = _sub_config(config, "vision_config")
     _check_mapping(config, MODEL_MAPPING, "vision tower", "a vision tower such as dinov2, siglip or clip")
@@ -37,25 +39,59 @@ def load_vision_tower(source: PartSource, dtype: torch.dtype | None = None, trus
 
 
 def load_language_model(source: PartSource, dtype: torch.dtype | None = None, trust_remote_code: bool = False):
-    """The whole causal language model. The `text_config` part of a composite (a Gemma 3) is taken out of it.
+    """The whole causal language model. The text part of a composite (a Gemma 3, a LLaVA) is taken out of it.
 
     Raises:
         CompositionError: there is no causal language model in it, or its weights are not all there.
     """
     if isinstance(source, PreTrainedModel):
-        model = _inner_model(source, "text_config", MODEL_FOR_CAUSAL_LM_MAPPING)
-        if not model.can_generate():
+        if isinstance(getattr(source.config, "text_config", None), PreTrainedConfig):
+            return _text_part(source)
+        if not source.can_generate():
             raise CompositionError(
-                f"{type(model).__name__} has no language model head. Pass the causal LM, loaded with "
+                f"{type(source).__name__} has no language model head. Pass the causal LM, loaded with "
                 "AutoModelForCausalLM."
             )
-        return model
+        return source
     config = _config_of(source, trust_remote_code)
-    config = _sub_config(config, "text_config")
+    text_config = _sub_config(config, "text_config")
     _check_mapping(
-        config, MODEL_FOR_CAUSAL_LM_MAPPING, "causal language model", "a decoder such as llama, qwen3 or gpt2"
+        text_config, MODEL_FOR_CAUSAL_LM_MAPPING, "causal language model", "a decoder such as llama, qwen3 or gpt2"
     )
-    return _load(AutoModelForCausalLM, source, config, dtype, trust_remote_code)
+    if text_config is config or isinstance(source, PreTrainedConfig):
+        return _load(AutoModelForCausalLM, source, text_config, dtype, trust_remote_code)
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return _load(AutoModelForCausalLM, source, text_config, dtype, trust_remote_code)
+    return _text_part(_load(AutoModelForImageTextToText, source, config, dtype, trust_remote_code))
+
+
+def _text_part(composite: PreTrainedModel) -> PreTrainedModel:
+    """The causal LM inside a vision-language model: its decoder and its head, put into the causal LM's class."""
+    text_config = composite.config.text_config
+    for module in composite.modules():
+        if type(text_config) in MODEL_FOR_CAUSAL_LM_MAPPING and isinstance(
+            module, MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]
+        ):
+            return module
+    decoder_class = MODEL_MAPPING[type(text_config)] if type(text_config) in MODEL_MAPPING else None
+    decoder = next((m for m in composite.modules() if decoder_class and isinstance(m, decoder_class)), None)
+    if decoder is None or type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise CompositionError(
+            f"{type(composite).__name__} does not hold a language model of a type that transformers knows "
+            f"({text_config.model_type}). Pass the language model itself."
+        )
+    with torch.device("meta"):
+        language_model = AutoModelForCausalLM.from_config(text_config)
+    setattr(language_model, language_model.base_model_prefix, decoder)
+    language_model.set_output_embeddings(composite.get_output_embeddings())
+    left_out = [name for name, parameter in language_model.named_parameters() if parameter.is_meta]
+    if left_out:
+        raise CompositionError(
+            f"{type(composite).__name__} lacks {', '.join(left_out[:5])} of {type(language_model).__name__}. Pass the "
+            "language model itself."
+        )
+    language_model.generation_config = composite.generation_config
+    return language_model.eval()
 
 
 def source_name(source: PartSource) -> str | None:
@@ -95,18 +131,17 @@ def _check_mapping(config: PreTrainedConfig, mapping, wanted: str, example: str)
         )
 
 
-def _inner_model(model: PreTrainedModel, key: str, mapping) -> PreTrainedModel:
-    """The part of a composite instance that `key` configures; the instance itself if it is not a composite."""
-    sub_config = getattr(model.config, key, None)
-    if not isinstance(sub_config, PreTrainedConfig):
+def _vision_part(model: PreTrainedModel) -> PreTrainedModel:
+    """The tower inside a composite instance; the instance itself if it is not a composite."""
+    vision_config = getattr(model.config, "vision_config", None)
+    if not isinstance(vision_config, PreTrainedConfig):
         return model
-    wanted = mapping[type(sub_config)] if type(sub_config) in mapping else None
+    tower_class = MODEL_MAPPING[type(vision_config)] if type(vision_config) in MODEL_MAPPING else None
     for module in model.modules():
-        if wanted is not None and isinstance(module, wanted) and module.config is sub_config:
+        if tower_class is not None and isinstance(module, tower_class):
             return module
     raise CompositionError(
-        f"{type(model).__name__} does not hold its {key.split('_')[0]} part as a model of its own. Save it and pass the "
-        "path, or pass that part."
+        f"{type(model).__name__} does not hold its vision part as a model of its own. Pass the tower itself."
     )
 
 
