@@ -1,5 +1,6 @@
 """Join a vision tower and a language model."""
 
+import logging
 import os
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..configuration.configuration_anyvlm import FUSIONS, AnyVlmConfig
+from ..configuration.image_tokens import num_image_tokens
 from ..modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
 from ..modeling.projectors import build_projector
 from ..modeling.vision_towers import call_vision_tower, read_features
@@ -22,6 +24,9 @@ from .language_model_probe import check_language_model
 from .parts import PartSource, load_language_model, load_vision_tower, pretrained_name, source_name
 from .probe import num_channels, probe_vision_tower, synthetic_pictures
 from .tokenizers import add_image_token, load_tokenizer, normalise_special_tokens
+
+
+logger = logging.getLogger(__name__)
 
 
 def compose(
@@ -97,6 +102,7 @@ def compose(
         )
         spec = probe_vision_tower(vision_tower, size, layer, vision_feature_select_strategy)
 
+        _check_context(language_model, spec)
         embedding_width = _embedding_width(language_model)
         projector_config = {
             "in_features": spec["hidden_size"],
@@ -193,6 +199,19 @@ def embedding_rms(language_model: nn.Module, max_rows: int = 4096) -> torch.Tens
     values = embeddings(ids.unsqueeze(0))[0].float()
     used = values.abs().sum(-1) > 0  # rows that pad the vocabulary are zero
     return values[used].square().mean().sqrt()
+
+
+def _check_context(language_model: nn.Module, spec: dict) -> None:
+    """Warn where a picture leaves a text less room than it takes itself."""
+    positions = getattr(language_model.config, "max_position_embeddings", None)
+    tokens = num_image_tokens(spec, {}, *spec["image_size"])
+    if positions and 2 * tokens > positions:
+        logger.warning(
+            "One picture takes %d of the %d positions that the language model was made for. Pass a smaller image_size=… "
+            "for fewer tokens.",
+            tokens,
+            positions,
+        )
 
 
 def _embedding_width(language_model: nn.Module) -> int:

@@ -1,6 +1,6 @@
 """A vision tower, a projector and a causal language model, as one transformers model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -364,9 +364,10 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
             **kwargs,
         )
         outputs = self.language_model(**arguments, return_dict=True)
-        result = AnyVlmCausalLMOutput(image_hidden_states=image_tokens)
-        for name, value in outputs.items():
-            result[name] = value
+        known = {field.name: outputs.get(field.name) for field in fields(AnyVlmCausalLMOutput)}
+        result = AnyVlmCausalLMOutput(**{**known, "image_hidden_states": image_tokens})
+        for name in outputs.keys() - known.keys():
+            result[name] = outputs[name]
         return result
 
     def prepare_inputs_for_generation(
@@ -387,7 +388,10 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        if is_first_iteration or not use_cache:
+        # An assistant model's prompt is never its "first iteration", but its cache is empty then.
+        past_key_values = kwargs.get("past_key_values")
+        prompt_is_cached = past_key_values is None or past_key_values.get_seq_length() > 0
+        if is_first_iteration or not use_cache or not prompt_is_cached:
             model_inputs["pixel_values"] = pixel_values
             model_inputs["mm_encoder_outputs"] = mm_encoder_outputs
         return model_inputs

@@ -50,7 +50,9 @@ class ComposedModelTester:
             **compose_arguments,
         )
         make_sensitive(self.model.vision_tower, seed=2)
-        fit_batch_norms(self.model.vision_tower, self.inputs(["<image> <image>"], [picture(5), picture(6)])["pixel_values"])
+        fit_batch_norms(
+            self.model.vision_tower, self.inputs(["<image> <image>"], [picture(5), picture(6)])["pixel_values"]
+        )
         with torch.no_grad():  # so that a tiny model with random weights tells pictures apart
             self.model.multi_modal_projector.output_layer.weight.mul_(3)
 

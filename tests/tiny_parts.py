@@ -34,19 +34,37 @@ TOWERS: dict[str, tuple[dict, int, tuple[int, int], tuple[int, int]]] = {
     "resnet": ({"embedding_size": 16, "hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1]}, 64, (0, 0), (2, 2)),
     "convnext": ({"hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1], "patch_size": 4}, 64, (0, 0), (2, 2)),
     "swin": (
-        {"embed_dim": 16, "depths": [1, 1, 1], "num_heads": [2, 2, 2], "window_size": 4, "image_size": 64, "patch_size": 4},
+        {
+            "embed_dim": 16,
+            "depths": [1, 1, 1],
+            "num_heads": [2, 2, 2],
+            "window_size": 4,
+            "image_size": 64,
+            "patch_size": 4,
+        },
         64,
         (0, 0),
         (4, 4),
     ),
     "hiera": (
-        {"embed_dim": 16, "image_size": [64, 64], "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8], "patch_size": [7, 7]},
+        {
+            "embed_dim": 16,
+            "image_size": [64, 64],
+            "depths": [1, 1, 1, 1],
+            "num_heads": [1, 2, 4, 8],
+            "patch_size": [7, 7],
+        },
         64,
         (0, 0),
         (2, 2),
     ),
     "mobilevit": (
-        {"hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 24, 24, 40], "image_size": 64, "patch_size": 2},
+        {
+            "hidden_sizes": [16, 24, 32],
+            "neck_hidden_sizes": [8, 8, 16, 16, 24, 24, 40],
+            "image_size": 64,
+            "patch_size": 2,
+        },
         64,
         (0, 0),
         (2, 2),
@@ -57,7 +75,12 @@ TOWERS: dict[str, tuple[dict, int, tuple[int, int], tuple[int, int]]] = {
         (0, 0),
         (2, 2),
     ),
-    "sam_vision_model": ({"output_channels": 16, "mlp_dim": 64, "window_size": 2, "num_pos_feats": 8}, 32, (0, 0), (4, 4)),
+    "sam_vision_model": (
+        {"output_channels": 16, "mlp_dim": 64, "window_size": 2, "num_pos_feats": 8},
+        32,
+        (0, 0),
+        (4, 4),
+    ),
     "sam2_vision_model": (
         {
             "backbone_config": {
@@ -179,9 +202,7 @@ def _config(model_type: str, common: dict, own: dict) -> PreTrainedConfig:
 def tiny_tokenizer(**special_tokens) -> PreTrainedTokenizerFast:
     """One token per word of `VOCABULARY`. `special_tokens` override; `None` leaves one out."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", **special_tokens}
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, **{name: token for name, token in tokens.items() if token is not None}

@@ -307,6 +307,14 @@ class TestPictureSize:
             assert inputs["pixel_values"].shape == (1, 3, 32, 32)
         model(**inputs)
 
+    def test_picture_that_fills_the_context_is_warned_about(self, caplog):
+        compose(image_size=32)
+        assert "positions" not in caplog.text
+        config = text_config("llama")
+        config.max_position_embeddings = 24
+        compose(text=config, image_size=32)
+        assert "One picture takes 16 of the 24 positions" in caplog.text
+
     def test_size_the_tower_cannot_take(self):
         with pytest.raises(anyvlm.CompositionError, match="image_size"):
             compose(vision="sam_vision_model", image_size=48)
@@ -370,7 +378,11 @@ class TestRefusals:
 
     def test_language_model_that_is_an_encoder(self):
         config = CONFIG_MAPPING["bert"](
-            vocab_size=len(VOCABULARY), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+            vocab_size=len(VOCABULARY),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
         )
         with pytest.raises(anyvlm.CompositionError, match="encoder.*is_decoder=True"):
             compose(text=config)

@@ -1,0 +1,290 @@
+"""The `anyvlm` command.
+
+torch, transformers and the package's own modules are imported inside the commands, so that help comes at once.
+"""
+
+import json
+import sys
+import warnings
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+app = typer.Typer(
+    name="anyvlm",
+    help="Join any vision tower and any causal language model of transformers into one Hugging Face model.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+#: What a command prints for a person to read; progress goes to stderr, so that stdout can be piped.
+_progress = Console(stderr=True)
+
+
+class Dtype(str, Enum):
+    """Dtypes of a composed model; `auto` is the language model's own."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Size(str, Enum):
+    """How much the demo trains and asks."""
+
+    quick = "quick"
+    small = "small"
+    large = "large"
+
+
+def _image_size(text: str | None) -> int | tuple[int, int] | None:
+    """`"224"` to one edge, `"32x64"` to `(height, width)`."""
+    if text is None:
+        return None
+    edges = text.lower().split("x")
+    if len(edges) > 2 or not all(edge.isdecimal() and int(edge) > 0 for edge in edges):
+        raise typer.BadParameter(f"{text!r} is not a size in pixels, such as 224 or 32x64 (height x width).")
+    return int(edges[0]) if len(edges) == 1 else (int(edges[0]), int(edges[1]))
+
+
+def _projector(text: str) -> str | dict:
+    """A name as it is; a JSON object to a dict."""
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise typer.BadParameter(f"{text!r} is not JSON: {error}.") from error
+
+
+ProjectorOption = Annotated[
+    str,
+    typer.Option(help='Projector between the parts: a name, or JSON, such as \'{"type": "mlp", "num_layers": 3}\'.'),
+]
+ImageSizeOption = Annotated[
+    str | None,
+    typer.Option(metavar="EDGE|HxW", help="Pixels of a picture, such as 224 or 32x64 (height x width)."),
+]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a part.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="On an error, show the whole traceback.")]
+
+
+@app.command()
+def compose(
+    vision: Annotated[str, typer.Argument(help="The vision tower: a Hub id or a folder.")],
+    text: Annotated[str, typer.Argument(help="The causal language model: a Hub id or a folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the composed checkpoint.")],
+    projector: ProjectorOption = "mlp",
+    image_size: ImageSizeOption = None,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of all weights; auto is the language model's own.")] = Dtype.auto,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Another tokenizer than the language model's: a Hub id or a folder.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="For the new weights, those of the projector.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a folder that holds files.")] = False,
+    trust_remote_code: TrustOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Join a vision tower and a language model, and save the model with its processor and its code.
+
+    The parts keep their weights. The projector between them is new: the model has to be trained before it can see.
+
+    Example: anyvlm compose facebook/dinov2-small HuggingFaceTB/SmolLM2-135M-Instruct --output my-vlm
+    """
+    if output.exists() and not output.is_dir():
+        raise typer.BadParameter(f"{output} is a file; choose a folder.", param_hint="'--output'")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise typer.BadParameter(
+            f"{output} is not empty; choose another, or add --overwrite.", param_hint="'--output'"
+        )
+    arguments = {"projector": _projector(projector), "image_size": _image_size(image_size)}
+    _calm_transformers()
+    from anyvlm.composition.compose import compose as compose_model
+    from anyvlm.demo.description import describe_parts
+
+    with _progress.status(f"Composing {vision} and {text}…"):
+        model, processor = compose_model(
+            vision,
+            text,
+            tokenizer=tokenizer,
+            dtype=None if dtype is Dtype.auto else dtype.value,
+            trust_remote_code=trust_remote_code,
+            seed=seed,
+            **arguments,
+        )
+    with _progress.status(f"Saving to {output}…"):
+        model.save_pretrained(output)
+        processor.save_pretrained(output)
+
+    description = describe_parts(model)
+    table = Table("part", "type")
+    table.add_column("parameters", justify="right")
+    for name, part in description["parts"].items():
+        table.add_row(name, part["type"], f"{part['parameters']:,}")
+    table.add_section()
+    table.add_row("all", str(model.dtype).removeprefix("torch."), f"{model.num_parameters():,}")
+    console = Console()
+    console.print(table)
+    height, width = description["picture_size"]
+    console.print(f"A picture of {height}x{width} pixels takes {description['tokens_per_picture']} tokens.")
+    typer.echo(f"Saved to {output}")
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[str, typer.Argument(help="A composed model: a folder or a Hub id.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to say to the model.")],
+    image: Annotated[
+        list[Path] | None,
+        typer.Option("--image", "-i", exists=True, dir_okay=False, help="A picture; repeat for several, in order."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+    trust_remote_code: TrustOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Ask a composed model about pictures, and print its answer.
+
+    The answer is the most probable one (no sampling). Pictures come first in the message, in their order.
+
+    Example: anyvlm generate out/demo/checkpoint --image digit.png --prompt "Which digit is this?"
+    """
+    _calm_transformers()
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
+
+    from anyvlm import AnyVlmConfig
+
+    with _progress.status(f"Loading {checkpoint}…"):
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+        if config.model_type != AnyVlmConfig.model_type:
+            raise ValueError(
+                f"{checkpoint} is a {config.model_type!r} model, not a composed one. Make one with: anyvlm compose."
+            )
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=trust_remote_code).to(device)
+        processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+
+    pictures = [str(path) for path in image or []]
+    content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": prompt}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    bos = processor.tokenizer.bos_token
+    inputs = processor(
+        text=[text],
+        images=[pictures] if pictures else None,
+        # Most chat templates write the bos themselves; a second one would be another prompt.
+        add_special_tokens=not (bos and text.startswith(bos)),
+        return_tensors="pt",
+    ).to(device)
+    with _progress.status("Generating…"):
+        generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    typer.echo(processor.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for what the demo writes.")] = Path(
+        "out/demo"
+    ),
+    vision: Annotated[
+        str | None,
+        typer.Option(help="A pretrained vision tower: a Hub id or a folder. Default: a small untrained one."),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="A pretrained language model: a Hub id or a folder. Default: a small untrained one."),
+    ] = None,
+    size: Annotated[
+        Size, typer.Option(help="How much to train and to ask; quick only shows that it runs.")
+    ] = Size.small,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps. Default: by --size.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="For the split, the weights and the order.")] = 0,
+    projector: ProjectorOption = "mlp",
+    image_size: ImageSizeOption = None,
+    trust_remote_code: TrustOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compose a model, train it on questions about handwritten digits, and show that it reads the pictures.
+
+    Needs no network: the pictures are scikit-learn's. Writes a checkpoint that loads without this package, a sheet of
+    pictures with answers, a report, and all numbers. With --vision or --text, pretrained parts take the small ones'
+    place; a pretrained tower is frozen.
+
+    Example: anyvlm demo
+
+    Example: anyvlm demo --vision facebook/dinov2-small --text HuggingFaceTB/SmolLM2-135M-Instruct
+    """
+    arguments = {"projector": _projector(projector), "image_size": _image_size(image_size)}
+    _calm_transformers()
+    from dataclasses import replace
+
+    try:
+        from anyvlm.demo.run import Parts, recipe_for, run_demo
+    except ModuleNotFoundError as error:
+        if error.name not in ("sklearn", "matplotlib"):
+            raise
+        raise ValueError(f"The demo needs {error.name}. Install it with: pip install 'anyvlm[demo]'") from error
+
+    parts = Parts(vision=vision, text=text, trust_remote_code=trust_remote_code, **arguments)
+    recipe = recipe_for(parts, size.value)
+    run_demo(output, recipe if steps is None else replace(recipe, steps=steps), parts, seed, Console())
+
+
+# `push` belongs here: it sends a checkpoint to the Hub.
+
+
+def _calm_transformers() -> None:
+    """Leave out what transformers says while it loads: its bars and advice would bury the one line that matters."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line, and exit: 0 if all went well, 2 if it was called wrongly, 1 on any other bad input.
+
+    Args:
+        arguments: What stands after `anyvlm`. Default: the process's own.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        sys.exit(app(arguments, prog_name="anyvlm", standalone_mode=False) or 0)
+    except typer.Abort:
+        _fail("interrupted", 130)
+    except Exception as error:  # noqa: BLE001 - what is not the user's doing is raised again
+        if "--debug" in arguments or not _is_expected(error):
+            raise
+        where = getattr(getattr(error, "ctx", None), "command_path", "anyvlm")
+        if hasattr(error, "format_message"):
+            _fail(f"{error.format_message()} See {where} --help", error.exit_code)
+        _fail(str(error) or type(error).__name__, 1)
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether an error tells its reader what to do: wrong arguments, parts that do not fit, files that are not there.
+
+    A wrong call of the command line is known by its `format_message`, in every version of typer.
+    """
+    from anyvlm.demo import DemoError
+
+    return hasattr(error, "format_message") or isinstance(error, (ValueError, OSError, ImportError, DemoError))
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    typer.echo(f"anyvlm: error: {' '.join(message.split())}", err=True)
+    sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    main()
