@@ -28,7 +28,7 @@ demo: $(INSTALLED)
 	$(BIN)/anyvlm demo --output out/demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -1,5 +1,6 @@
 """Join a vision tower and a language model."""
 
+import contextlib
 import logging
 import os
 from collections.abc import Sequence
@@ -227,8 +228,7 @@ def _origin(source: PartSource, part: str) -> dict[str, str | None]:
     if card and os.path.isfile(card):
         origin["license"] = ModelCard.load(card, ignore_metadata_errors=True).data.license
     elif origin["id"]:
-        try:
+        # Without a card, or without network, the licence stays unknown, and the model card says so.
+        with contextlib.suppress(EntryNotFoundError, HFValidationError, RepositoryNotFoundError, OSError, ValueError):
             origin["license"] = ModelCard.load(origin["id"]).data.license
-        except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError, OSError, ValueError):
-            pass  # no card, or no network: the licence stays unknown and the model card says so
     return origin

@@ -73,7 +73,7 @@ def _text_part(composite: PreTrainedModel) -> PreTrainedModel:
             module, MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]
         ):
             return module
-    decoder_class = MODEL_MAPPING[type(text_config)] if type(text_config) in MODEL_MAPPING else None
+    decoder_class = MODEL_MAPPING.get(type(text_config), None)
     decoder = next((m for m in composite.modules() if decoder_class and isinstance(m, decoder_class)), None)
     if decoder is None or type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise CompositionError(
@@ -136,7 +136,7 @@ def _vision_part(model: PreTrainedModel) -> PreTrainedModel:
     vision_config = getattr(model.config, "vision_config", None)
     if not isinstance(vision_config, PreTrainedConfig):
         return model
-    tower_class = MODEL_MAPPING[type(vision_config)] if type(vision_config) in MODEL_MAPPING else None
+    tower_class = MODEL_MAPPING.get(type(vision_config), None)
     for module in model.modules():
         if tower_class is not None and isinstance(module, tower_class):
             return module

@@ -180,7 +180,7 @@ def _layout(features: torch.Tensor, config: PreTrainedConfig, image_size: tuple[
         candidates.append("channels_last")
     if len(candidates) == 2:
         # Both fit when there are about as many channels as rows. Then a width that the config states decides.
-        widths = {value for value in _config_widths(config)}
+        widths = set(_config_widths(config))
         if last in widths and first not in widths:
             candidates = ["channels_last"]
         elif first in widths and last not in widths:

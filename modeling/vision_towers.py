@@ -7,7 +7,7 @@ was composed, and is read here from `vision_tower_spec`:
 |---|---|
 | `call_kwargs` | arguments beside `pixel_values`, such as `interpolate_pos_encoding` |
 | `layout` | `"sequence"` (B, N, C), `"channels_first"` (B, C, H, W) or `"channels_last"` (B, H, W, C) |
-| `num_prefix_tokens`, `num_suffix_tokens` | tokens left out at either end of a sequence, not being patches: CLS, registers, detection tokens |
+| `num_prefix_tokens`, `num_suffix_tokens` | tokens at either end that are no patches: CLS, registers, detection |
 | `hidden_size` | width of the features that are read, summed over the layers read |
 | `image_size` | pixels `[height, width]` of one picture |
 | `grid` | `[rows, columns]` of features of one picture |

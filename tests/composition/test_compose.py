@@ -7,12 +7,12 @@ import torch
 from model_tester import picture
 from tiny_parts import VOCABULARY, make_sensitive, text_config, tiny_tokenizer, vision_config
 from transformers import (
+    CONFIG_MAPPING,
     AutoModel,
     AutoModelForCausalLM,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
-    CONFIG_MAPPING,
     Gemma3ForConditionalGeneration,
     SiglipModel,
 )

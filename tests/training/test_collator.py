@@ -9,7 +9,10 @@ from transformers import AutoTokenizer
 import anyvlm
 
 
-PLAIN = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {{ eos_token }} {% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+PLAIN = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }} {{ eos_token }} {% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
 MARKED = (
     "{% for m in messages %}{{ m.role }} : {% if m.role == 'assistant' %}{% generation %}{{ m.content }} {{ eos_token }}"
     "{% endgeneration %}{% else %}{{ m.content }}{% endif %} . {% endfor %}"
