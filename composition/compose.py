@@ -33,11 +33,13 @@ logger = logging.getLogger(__name__)
 def compose(
     vision: PartSource,
     text: PartSource,
+    audio: PartSource | None = None,
     *,
     projector: str | dict = "mlp",
     fusion: str = "embed",
     tokenizer: PreTrainedTokenizerBase | str | None = None,
     image_processor: BaseImageProcessor | str | None = None,
+    feature_extractor: object | None = None,
     image_size: int | tuple[int, int] | None = None,
     image_token: str = "<image>",
     vision_feature_layer: int | Sequence[int] | None = None,
@@ -54,10 +56,12 @@ def compose(
     Args:
         vision: The tower: a Hub id, a local path, a config (random weights) or a model instance.
         text: The language model, likewise.
+        audio: Not supported yet; anything but `None` is refused.
         projector: `"linear"`, `"mlp"`, or a dict with `type` and arguments (`modeling/projectors.py`).
         fusion: `"embed"`: image tokens take the place of placeholders in the language model's input.
         tokenizer: Instance, path or Hub id. Default: the language model's.
         image_processor: Instance, path or Hub id. Default: the tower's, or a plain one for a config.
+        feature_extractor: Goes with `audio`.
         image_size: Pixels, one edge or `(height, width)`. Default: what the image processor makes.
         image_token: Text that stands for a picture. Added to the tokenizer as one token if it has none.
         vision_feature_layer: `None` for the tower's last hidden state; an index or indices into its hidden states.
@@ -72,6 +76,8 @@ def compose(
     Raises:
         CompositionError: the parts cannot work together; the message says why and what would.
     """
+    if audio is not None or feature_extractor is not None:
+        raise CompositionError("Audio towers are not supported yet. Leave out audio=… and feature_extractor=….")
     if fusion not in FUSIONS:
         raise CompositionError(f"Unknown fusion {fusion!r}. Choose one of: {', '.join(FUSIONS)}.")
     if isinstance(dtype, str):
@@ -92,6 +98,7 @@ def compose(
             "text": _origin(text, "text"),
         }
         for part in (vision_tower, language_model):
+            _refuse_remote_code(part)
             _cast(part, dtype)
 
         check_language_model(language_model)
@@ -179,6 +186,14 @@ def _match_embedding_scale(model: AnyVlmForConditionalGeneration, image_processo
     scale = embedding_rms(model.language_model) / tokens.square().mean().sqrt().clamp(min=1e-12)
     projector.output_layer.weight.mul_(scale)
     projector.to(dtype)
+
+
+def _refuse_remote_code(part: nn.Module) -> None:
+    if part.is_remote_code():
+        raise CompositionError(
+            f"The code of {type(part).__name__} is in its own checkpoint and would not be saved with the model. Parts "
+            "with remote code are not supported yet; the nearest that works is a part of a type that transformers has."
+        )
 
 
 def _cast(part: nn.Module, dtype: torch.dtype) -> None:

@@ -45,6 +45,8 @@ class AnyVlmConfig(PreTrainedConfig):
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
     }
+    #: What Trainer leaves out of predictions: of another length for every batch, or no tensors at all.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache_params", "image_hidden_states"]
     # The inherited plan names the layers of a flat decoder, which this model does not have.
     base_model_fsdp_plan: ClassVar[dict[Any, str]] = {}
 

@@ -1,6 +1,7 @@
 """compose(): kinds of parts, what is kept, what is new, and what is refused."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -431,3 +432,25 @@ class TestRefusals:
             language_model.lm_head.weight.fill_(float("nan"))
         with pytest.raises(anyvlm.CompositionError, match="finite"):
             compose(text=language_model)
+
+    def test_audio(self):
+        with pytest.raises(anyvlm.CompositionError, match="not supported yet"):
+            compose(audio=CONFIG_MAPPING["whisper"]())
+
+    def test_part_with_remote_code(self, tmp_path):
+        """Its code would not travel, and the checkpoint would not load: refused, not saved broken."""
+        text_config("llama").save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        config["model_type"] = "homemade"
+        config["auto_map"] = {
+            "AutoConfig": "homemade.HomemadeConfig",
+            "AutoModelForCausalLM": "homemade.HomemadeForCausalLM",
+        }
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        (tmp_path / "homemade.py").write_text(
+            "from transformers import LlamaConfig, LlamaForCausalLM\n"
+            "class HomemadeConfig(LlamaConfig):\n    model_type = 'homemade'\n"
+            "class HomemadeForCausalLM(LlamaForCausalLM):\n    config_class = HomemadeConfig\n"
+        )
+        with pytest.raises(anyvlm.CompositionError, match="remote code|no causal language model"):
+            compose(text=tmp_path, trust_remote_code=True)
