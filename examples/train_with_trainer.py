@@ -71,9 +71,10 @@ class Conversations(torch.utils.data.Dataset):
 
 def load_data(arguments: DataArguments) -> tuple[torch.utils.data.Dataset, torch.utils.data.Dataset | None]:
     if arguments.data is None:
-        from anyvlm.demo.data import make_digit_questions
+        from anyvlm.demo.data import TrainingQuestions, split_digits
 
-        return make_digit_questions(seed=0)
+        digits, held_out_digits = split_digits()
+        return TrainingQuestions(digits, 20_000), TrainingQuestions(held_out_digits, 500, seed=1)
     return Conversations(arguments.data), Conversations(arguments.eval_data) if arguments.eval_data else None
 
 
