@@ -51,7 +51,13 @@ def load_image_processor(
             f"{type(processor).__name__} cannot be set to make pictures of {wanted[0]}x{wanted[1]} pixels. Pass "
             "image_processor=… with one that resizes to a fixed height and width, such as ViTImageProcessor."
         )
-    logger.info("%s now resizes every picture to %dx%d pixels.", type(processor).__name__, *wanted)
+    if image_size is None:
+        logger.warning(
+            "%s keeps a picture's proportions, but every picture must take the same number of tokens: it is set to resize "
+            "to %dx%d pixels (height x width). Pass image_size=… for another size.",
+            type(processor).__name__,
+            *wanted,
+        )
     return processor, measured
 
 

@@ -58,6 +58,11 @@ def load_language_model(source: PartSource, dtype: torch.dtype | None = None, tr
     _check_mapping(
         text_config, MODEL_FOR_CAUSAL_LM_MAPPING, "causal language model", "a decoder such as llama, qwen3 or gpt2"
     )
+    if text_config.is_encoder_decoder:
+        raise CompositionError(
+            f"{text_config.model_type!r} is an encoder-decoder model; its decoder alone is not supported yet. Pass a "
+            "decoder such as llama, qwen3 or gpt2."
+        )
     if text_config is config or isinstance(source, PreTrainedConfig):
         return _load(AutoModelForCausalLM, source, text_config, dtype, trust_remote_code)
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:

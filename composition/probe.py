@@ -124,7 +124,7 @@ def _run(vision_tower, image_size, layer, name) -> tuple[dict, list[torch.Tensor
     except Exception:  # noqa: BLE001 - any failure only means that this tower must run for real
         meta_tower = None
     errors = []
-    for tower in filter(None, (meta_tower, vision_tower)):
+    for tower in (vision_tower,) if meta_tower is None else (meta_tower, vision_tower):
         device = next(tower.parameters()).device
         pixel_values = torch.zeros(2, num_channels(tower.config), *image_size, device=device, dtype=tower.dtype)
         for call_kwargs in attempts:
@@ -185,7 +185,7 @@ def _layout(features: torch.Tensor, config: PreTrainedConfig, image_size: tuple[
             candidates = ["channels_last"]
         elif first in widths and last not in widths:
             candidates = ["channels_first"]
-    if len(candidates) != 1 and not (len(candidates) == 2 and first == last):
+    if len(candidates) != 1:
         raise CompositionError(
             f"{name} gives features of shape {tuple(features.shape)}, whose channels cannot be told from its rows and "
             "columns. Compose it with another image_size."

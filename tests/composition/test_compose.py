@@ -298,9 +298,11 @@ class TestPictureSize:
         assert inputs["pixel_values"].shape[-2:] == (32, 48)
         model(**inputs)
 
-    def test_processor_that_keeps_proportions_is_set_to_one_size(self):
+    def test_processor_that_keeps_proportions_is_set_to_one_size(self, caplog):
         from transformers import YolosImageProcessorPil
 
+        compose(vision="yolos", image_processor=YolosImageProcessorPil())
+        assert "resize to 32x32 pixels" in caplog.text
         model, processor = compose(vision="yolos", image_processor=YolosImageProcessorPil(), image_size=32)
         for size in ((20, 70), (70, 20)):
             inputs = processor(text=["<image>"], images=[picture(0, size)], return_tensors="pt")
@@ -391,6 +393,10 @@ class TestRefusals:
     def test_language_model_that_is_a_tower(self):
         with pytest.raises(anyvlm.CompositionError, match="no causal language model"):
             compose(text=vision_config("dinov2"))
+
+    def test_language_model_that_is_encoder_decoder(self):
+        with pytest.raises(anyvlm.CompositionError, match="encoder-decoder"):
+            compose(text=CONFIG_MAPPING["bart"]())
 
     def test_language_model_without_a_head(self):
         with pytest.raises(anyvlm.CompositionError, match="AutoModelForCausalLM"):
