@@ -55,7 +55,7 @@ class Sizes:
     hidden_size: int = 512
     num_layers: int = 8
     num_heads: int = 8
-    image_size: int = 336
+    image_size: int = 224
     patch_size: int = 14
     prompt_tokens: int = 48
     answer_tokens: int = 16
@@ -199,10 +199,17 @@ def _all_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 def build_pair(sizes: Sizes, vocab_size: int, dtype: torch.dtype, device: torch.device, seed: int):
     """Ours and LLaVA with the same weights, in eval mode."""
     ours = compose_ours(sizes, vocab_size, dtype, seed)
-    native = build_native(ours.config, dtype)
+    native = build_native(ours.config, dtype).to(device)
+    ours.to(device)
     copy_weights(ours, native)
+    # Fresh memory, by turns. Decoding reads every weight for each token, and where pages happen to lie is worth more
+    # than a percent: the side that was built second would win.
+    native_parameters = dict(native.named_parameters())
+    for name, parameter in ours.named_parameters():
+        for moved in (parameter, native_parameters[native_name(name)]):
+            moved.data = moved.data.clone()
     for model in (ours, native):
-        model.to(device).eval()
+        model.eval()
         # Generation to the full length whatever comes out of random weights: no token ends it.
         model.generation_config = GenerationConfig(pad_token_id=ours.config.text_config.pad_token_id, do_sample=False)
     return ours, native

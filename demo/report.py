@@ -74,17 +74,17 @@ def report_text(results: dict[str, Any], scores: Sequence[Score]) -> str:
     return f"""\
 # anyvlm demo
 
-A vision tower and a language model composed into one model, trained on questions about handwritten digits
-(scikit-learn's, {results["training_pictures"]} pictures to train on and {results["held_out_pictures"]} others to ask
-about), and loaded again in a fresh process without the package.
+A vision tower and a language model composed into one model, trained on questions about scikit-learn's handwritten
+digits, and loaded again in a fresh process without the package. {results["training_pictures"]} pictures were trained
+on, {results["held_out_pictures"]} others asked about.
 
 | Part | Type | Parameters | |
 |---|---|---:|---|
 {chr(10).join(part_rows)}
 | all | | {total:,} | |
 
-A picture of {height}x{width} pixels takes {model["tokens_per_picture"]} tokens. Trained for {recipe["steps"]} steps of
-{recipe["batch_size"]} questions, seed {results["seed"]}.
+A picture of {height}x{width} pixels takes {model["tokens_per_picture"]} tokens.
+Trained for {recipe["steps"]} steps of {recipe["batch_size"]} questions, with seed {results["seed"]}.
 
 ## Exact answers about held-out pictures
 
@@ -110,5 +110,7 @@ processor = AutoProcessor.from_pretrained("checkpoint", trust_remote_code=True)
 
 `sheet.png` shows some questions with their answers, and the loss; `results.json` has every number.
 
-{seconds["wall"]:.0f} seconds, {seconds["cpu"]:.0f} of processor time ({phases}). {named_versions}.
+{seconds["wall"]:.0f} s in all, {seconds["cpu"]:.0f} s of processor time: {phases}.
+
+Made with {named_versions}.
 """

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -50,6 +51,17 @@ class _Clock:
         }
 
 
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """torch computes with so many threads; `None` for as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def recipe_for(parts: Parts, size: str) -> Recipe:
     """How long and on how much these parts are trained in a demo of this size.
 
@@ -86,9 +98,14 @@ def run_demo(
         DemoError: the fresh process failed, or answered differently than the trained model.
         ValueError: `output` holds files that are not the demo's.
     """
-    output, parts, console, clock = Path(output), parts or Parts(), console or Console(), _Clock()
-    _make_room(output)
+    output = Path(output)
+    _check_output(output)
+    with _threads(recipe.num_threads):
+        return _run(output, recipe, parts or Parts(), seed, console or Console())
 
+
+def _run(output: Path, recipe: Recipe, parts: Parts, seed: int, console: Console) -> dict[str, Any]:
+    clock = _Clock()
     training_digits, held_out_digits = split_digits(seed=seed)
     questions = held_out_questions(held_out_digits, recipe.held_out_per_kind, seed)
     with clock.phase("composing"), console.status("Composing the parts…"):
@@ -96,6 +113,10 @@ def run_demo(
         description = describe_parts(model)
     _show_parts(console, description)
 
+    output.mkdir(parents=True, exist_ok=True)
+    for name in (SHEET, REPORT, RESULTS):
+        # If this run breaks off, an earlier one's report must not be taken for its own.
+        (output / name).unlink(missing_ok=True)
     with clock.phase("training"):
         samples = TrainingQuestions(training_digits, recipe.steps * recipe.batch_size, seed)
         losses = train(model, processor, samples, recipe, output, seed, console)
@@ -159,18 +180,18 @@ def run_demo(
     return results
 
 
-def _make_room(output: Path) -> None:
-    """Make the folder, and take away what an earlier run left, so that no old result can be taken for a new one."""
-    if output.exists() and not output.is_dir():
+def _check_output(output: Path) -> None:
+    """The demo replaces what it finds in its folder, so the folder must hold nothing else."""
+    if not output.exists():
+        return
+    if not output.is_dir():
         raise ValueError(f"{output} is a file. Choose a folder for --output.")
-    ours = {CHECKPOINT, PICTURES, SHEET, REPORT, RESULTS}
-    found = {path.name.removesuffix(".partial") for path in output.iterdir()} if output.exists() else set()
-    if found - ours:
-        foreign = ", ".join(sorted(found - ours)[:3])
-        raise ValueError(f"{output} holds other files than a demo's ({foreign}). Choose another --output.")
-    output.mkdir(parents=True, exist_ok=True)
-    for name in (SHEET, REPORT, RESULTS):
-        (output / name).unlink(missing_ok=True)
+    found = {path.name.removesuffix(".partial") for path in output.iterdir()}
+    foreign = sorted(found - {CHECKPOINT, PICTURES, SHEET, REPORT, RESULTS})
+    if foreign:
+        raise ValueError(
+            f"{output} holds other files than a demo's ({', '.join(foreign[:3])}). Choose another --output."
+        )
 
 
 def _answer(

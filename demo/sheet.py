@@ -36,38 +36,43 @@ def draw_sheet(
     """
     kinds = list(dict.fromkeys(question.kind for question in questions))
     with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 9}):
-        figure = Figure(figsize=(15, 1.2 + 1.75 * len(kinds)), layout="constrained")
-        figure.suptitle(title, fontsize=13, fontweight="bold")
-        sheet, charts = figure.subfigures(1, 2, width_ratios=(PER_KIND * 1.9, 5), wspace=0.03)
-        axes = sheet.subplots(len(kinds), PER_KIND, squeeze=False)
-        for row, kind in zip(axes, kinds):
+        figure = Figure(figsize=(16, 1 + 2.0 * len(kinds)))
+        figure.suptitle(title, x=0.02, y=0.975, ha="left", fontsize=15, fontweight="bold")
+        subtitle = f"Held-out pictures: the first {PER_KIND} questions of each kind, right (green) or wrong (red)"
+        figure.text(0.02, 0.915, subtitle, color=FAINT, fontsize=10.5)
+        sheet = figure.add_gridspec(len(kinds), PER_KIND, left=0.02, right=0.66, bottom=0.06, top=0.87, hspace=0.75)
+        for row, kind in enumerate(kinds):
             of_kind = [(question, answer) for question, answer in zip(questions, answers) if question.kind == kind]
-            for place, axis in enumerate(row):
-                axis.set_axis_off()
-                if place < len(of_kind):
-                    _draw_question(axis, *of_kind[place])
-        sheet.suptitle("Held-out pictures: the first of each kind, right or wrong", fontsize=10, color=FAINT)
-        loss_axis, score_axis = charts.subplots(2, 1, height_ratios=(1, 1.15))
+            for column, (question, answer) in enumerate(of_kind[:PER_KIND]):
+                _draw_question(figure.add_subplot(sheet[row, column]), question, answer)
+        charts = figure.add_gridspec(2, 1, left=0.745, right=0.985, bottom=0.1, top=0.89, hspace=0.32)
+        loss_axis, score_axis = (figure.add_subplot(cell) for cell in charts)
         _draw_losses(loss_axis, losses)
         _draw_scores(score_axis, scores)
         figure.savefig(path, dpi=110, format="png")
 
 
 def _draw_question(axis, question: Question, answer: str) -> None:
-    right = answer == question.answer
-    colour = RIGHT if right else WRONG
+    colour = RIGHT if answer == question.answer else WRONG
     # Enlarged without smoothing, as the model is given them.
     picture = question.picture.resize(
         (question.picture.width * 4, question.picture.height * 4), Image.Resampling.NEAREST
     )
     axis.imshow(picture)
     width, height = picture.size
-    frame = matplotlib.patches.Rectangle((0, 0), width, height, fill=False, edgecolor=colour, linewidth=2)
-    axis.add_patch(frame)
-    axis.set_title(question.text, fontsize=8.5, pad=4)
-    shown = answer if len(answer) <= 24 else answer[:23] + "…"
-    text = f"answer {shown or '(nothing)'}" + (" ✓" if right else f"   truth {question.answer} ✗")
-    axis.text(width / 2, height + 6, text, ha="center", va="top", color=colour, fontsize=10, fontweight="bold")
+    edge = matplotlib.patches.Rectangle(
+        (0, 0), width, height, fill=False, edgecolor=colour, linewidth=2, clip_on=False
+    )
+    axis.add_patch(edge)
+    axis.set_axis_off()
+    axis.set_title(question.text, fontsize=9, pad=6)
+    shown = " ".join(answer.split())
+    shown = shown if len(shown) <= 16 else shown[:15] + "…"
+    below = {"ha": "center", "va": "top", "xycoords": "axes fraction", "textcoords": "offset points"}
+    below["parse_math"] = False  # a model may well answer with dollar signs
+    text = f"answer: {shown or '(nothing)'}"
+    axis.annotate(text, (0.5, 0), (0, -5), color=colour, fontsize=11, fontweight="bold", **below)
+    axis.annotate(f"truth: {question.answer}", (0.5, 0), (0, -21), color=FAINT, fontsize=10, **below)
 
 
 def _draw_losses(axis, losses: Sequence[tuple[int, float]]) -> None:
@@ -82,9 +87,9 @@ def _draw_losses(axis, losses: Sequence[tuple[int, float]]) -> None:
 def _draw_scores(axis, scores: Sequence[Score]) -> None:
     thickness = 0.27
     bars = (
-        ("with the picture", EXACT_COLOUR, [entry.exact for entry in scores]),
-        ("pictures shuffled", SHUFFLED_COLOUR, [entry.shuffled for entry in scores]),
-        ("chance: most common answer", CHANCE_COLOUR, [entry.chance for entry in scores]),
+        ("own picture", EXACT_COLOUR, [entry.exact for entry in scores]),
+        ("shuffled picture", SHUFFLED_COLOUR, [entry.shuffled for entry in scores]),
+        ("chance (most common answer)", CHANCE_COLOUR, [entry.chance for entry in scores]),
     )
     for place, (label, colour, shares) in enumerate(bars):
         positions = [row + (place - 1) * thickness for row in range(len(scores))]

@@ -20,19 +20,22 @@ class Recipe:
         batch_size: Questions per step.
         learning_rate: Highest learning rate, after warming up; it falls to zero along a cosine.
         held_out_per_kind: Held-out questions of each kind; `None` for one about each held-out picture.
+        num_threads: Threads of torch; `None` for its own choice. In a small model they wait for one another longer than
+            they compute, and for minutes where another process takes one of the cores.
     """
 
     steps: int
     batch_size: int
     learning_rate: float
     held_out_per_kind: int | None = None
+    num_threads: int | None = None
 
 
 #: By size, for small parts with random weights.
 SMALL_PARTS = {
-    "quick": Recipe(steps=60, batch_size=32, learning_rate=1e-3, held_out_per_kind=24),
-    "small": Recipe(steps=900, batch_size=64, learning_rate=1e-3),
-    "large": Recipe(steps=2500, batch_size=64, learning_rate=1e-3),
+    "quick": Recipe(steps=60, batch_size=32, learning_rate=1e-3, held_out_per_kind=24, num_threads=1),
+    "small": Recipe(steps=800, batch_size=64, learning_rate=1e-3, num_threads=1),
+    "large": Recipe(steps=2500, batch_size=64, learning_rate=1e-3, num_threads=1),
 }
 #: By size, for pretrained parts, whose steps and answers take far longer.
 PRETRAINED_PARTS = {
