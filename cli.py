@@ -6,6 +6,9 @@ torch, transformers and the package's own modules are imported inside the comman
 import json
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -13,6 +16,8 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from .publishing.command import push
 
 
 app = typer.Typer(
@@ -65,6 +70,21 @@ def _projector(text: str) -> str | dict:
         raise typer.BadParameter(f"{text!r} is not JSON: {error}.") from error
 
 
+@contextmanager
+def _naming(*sources: str | None) -> Iterator[None]:
+    """Name what could not be loaded: transformers' messages about the Hub often do not."""
+    try:
+        yield
+    except OSError as error:
+        absent = [source for source in sources if source and not Path(source).exists()]
+        # A number means that the system refused something: then the message is about a file.
+        if error.errno is not None or not absent:
+            raise
+        raise OSError(
+            f"{' or '.join(absent)} is no folder here, and could not be had from the Hub: {error}"
+        ) from error
+
+
 ProjectorOption = Annotated[
     str,
     typer.Option(help='Projector between the parts: a name, or JSON, such as \'{"type": "mlp", "num_layers": 3}\'.'),
@@ -110,7 +130,7 @@ def compose(
     from anyvlm.composition.compose import compose as compose_model
     from anyvlm.demo.description import describe_parts
 
-    with _progress.status(f"Composing {vision} and {text}…"):
+    with _progress.status(f"Composing {vision} and {text}…"), _naming(vision, text, tokenizer):
         model, processor = compose_model(
             vision,
             text,
@@ -162,7 +182,7 @@ def generate(
 
     from anyvlm import AnyVlmConfig
 
-    with _progress.status(f"Loading {checkpoint}…"):
+    with _progress.status(f"Loading {checkpoint}…"), _naming(checkpoint):
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
         if config.model_type != AnyVlmConfig.model_type:
             raise ValueError(
@@ -225,8 +245,6 @@ def demo(
     """
     arguments = {"projector": _projector(projector), "image_size": _image_size(image_size)}
     _calm_transformers()
-    from dataclasses import replace
-
     try:
         from anyvlm.demo.run import Parts, recipe_for, run_demo
     except ModuleNotFoundError as error:
@@ -236,10 +254,11 @@ def demo(
 
     parts = Parts(vision=vision, text=text, trust_remote_code=trust_remote_code, **arguments)
     recipe = recipe_for(parts, size.value)
-    run_demo(output, recipe if steps is None else replace(recipe, steps=steps), parts, seed, Console())
+    with _naming(vision, text):
+        run_demo(output, recipe if steps is None else replace(recipe, steps=steps), parts, seed, Console())
 
 
-# `push` belongs here: it sends a checkpoint to the Hub.
+app.command()(push)
 
 
 def _calm_transformers() -> None:
@@ -276,9 +295,13 @@ def _is_expected(error: Exception) -> bool:
 
     A wrong call of the command line is known by its `format_message`, in every version of typer.
     """
+    if hasattr(error, "format_message"):
+        return True
+    from safetensors import SafetensorError
+
     from anyvlm.demo import DemoError
 
-    return hasattr(error, "format_message") or isinstance(error, (ValueError, OSError, ImportError, DemoError))
+    return isinstance(error, (ValueError, OSError, ImportError, SafetensorError, DemoError))
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:

@@ -1,0 +1,210 @@
+"""The command line: help that teaches, one line on bad input, and a model that is composed and then asked."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, LlamaConfig, ViTConfig, ViTImageProcessor
+
+from anyvlm import CompositionError, cli
+from anyvlm.demo.parts import small_tokenizer
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `anyvlm …`."""
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return exit_info.value.code or 0, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Folders of a tiny tower and a tiny language model, as they would come from the Hub."""
+    folder = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    AutoModel.from_config(ViTConfig(**shape, image_size=16, patch_size=8)).save_pretrained(folder / "tower")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / "tower")
+    tokenizer = small_tokenizer()
+    text_config = LlamaConfig(**shape, vocab_size=len(tokenizer), max_position_embeddings=128)
+    AutoModelForCausalLM.from_config(text_config).save_pretrained(folder / "language_model")
+    tokenizer.save_pretrained(folder / "language_model")
+    return folder / "tower", folder / "language_model"
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    Image.new("RGB", (20, 10), "red").save(path)
+    return path
+
+
+@pytest.mark.parametrize("command", ["compose", "generate", "demo"])
+def test_every_command_has_help_with_an_example(capsys, command):
+    code, out, _ = run(capsys, command, "--help")
+    assert code == 0
+    assert f"Example: anyvlm {command}" in " ".join(out.split())
+    assert "--debug" in out
+
+
+def test_help_lists_the_commands_and_no_arguments_give_help(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0 and all(command in out for command in ("compose", "generate", "demo"))
+    _, out, err = run(capsys)
+    assert "compose" in out + err and "Traceback" not in out + err
+
+
+def test_the_command_line_itself_imports_nothing_heavy():
+    # Without the package's own `__init__`, which registers with transformers and so imports it.
+    code = (
+        "import sys, types\n"
+        "package = sys.modules['anyvlm'] = types.ModuleType('anyvlm')\n"
+        f"package.__path__ = [{str(Path(cli.__file__).parent)!r}]\n"
+        "import anyvlm.cli\n"
+        "print([name for name in ('torch', 'transformers', 'sklearn', 'matplotlib') if name in sys.modules])\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_compose_then_generate(capsys, parts, picture, tmp_path):
+    tower, language_model = parts
+    checkpoint = tmp_path / "vlm"
+    code, out, _ = run(
+        capsys,
+        "compose",
+        tower,
+        language_model,
+        "--output",
+        checkpoint,
+        "--image-size",
+        "16x32",
+        "--dtype",
+        "bfloat16",
+    )
+    assert code == 0
+    assert "16x32 pixels takes 8 tokens" in out and "bfloat16" in out and f"Saved to {checkpoint}" in out
+    saved = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert saved.dtype == torch.bfloat16
+    for part in (saved.vision_tower, saved.multi_modal_projector, saved.language_model):
+        assert f"{sum(parameter.numel() for parameter in part.parameters()):,}" in out
+
+    question = ["generate", checkpoint, "--prompt", "Which digit?", "--max-new-tokens", 4]
+    code, out, _ = run(capsys, *question, "--image", picture, "--image", picture)
+    assert code == 0 and len(out.splitlines()) >= 1
+    code, _, _ = run(capsys, *question)
+    assert code == 0
+
+
+def test_generate_sees_the_pictures(capsys, parts, picture, tmp_path, monkeypatch):
+    checkpoint = tmp_path / "vlm"
+    assert run(capsys, "compose", *parts, "--output", checkpoint)[0] == 0
+    seen = {}
+
+    def generate(self, *args, **inputs):
+        seen.update(inputs)
+        return torch.cat([inputs["input_ids"], torch.tensor([small_tokenizer().encode(" seven")])], dim=1)
+
+    monkeypatch.setattr(GenerationMixin, "generate", generate)
+    code, out, _ = run(capsys, "generate", checkpoint, "-p", "Which digit?", "-i", picture, "-i", picture)
+    assert (code, out) == (0, "seven\n")
+    assert seen["pixel_values"].shape == (2, 3, 16, 16)
+    assert seen["max_new_tokens"] == 128 and seen["do_sample"] is False
+
+
+def bad_inputs(parts, tmp_path):
+    """Name -> (arguments, exit code, words that the message must have)."""
+    tower, language_model = parts
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file.txt").write_text("something")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken_config").mkdir()
+    (tmp_path / "broken_config" / "config.json").write_text("{")
+    output = ["--output", tmp_path / "new"]
+    return {
+        "no such command": (["paint"], 2, "paint"),
+        "no text": (["compose", tower, *output], 2, "text"),
+        "no output": (["compose", tower, language_model], 2, "--output"),
+        "no such tower": (["compose", tmp_path / "nothing", language_model, *output], 1, "nothing is no folder"),
+        "no such Hub id": (["compose", tower, "nobody/nothing", *output], 1, "nobody/nothing is no folder"),
+        "two language models": (["compose", language_model, language_model, *output], 1, "vision tower"),
+        "two towers": (["compose", tower, tower, *output], 1, "causal language model"),
+        "broken config": (["compose", tmp_path / "broken_config", language_model, *output], 1, "broken_config"),
+        "size": (["compose", tower, language_model, *output, "--image-size", "big"], 2, "32x64"),
+        "zero size": (["compose", tower, language_model, *output, "--image-size", "0"], 2, "32x64"),
+        "projector": (["compose", tower, language_model, *output, "--projector", "magic"], 1, "mlp"),
+        "projector's JSON": (["compose", tower, language_model, *output, "--projector", "{mlp}"], 2, "JSON"),
+        "projector's argument": (
+            ["compose", tower, language_model, *output, "--projector", '{"type": "mlp", "depth": 3}'],
+            1,
+            "depth",
+        ),
+        "dtype": (["compose", tower, language_model, *output, "--dtype", "int3"], 2, "bfloat16"),
+        "output holds files": (["compose", tower, language_model, "-o", tmp_path / "full"], 2, "--overwrite"),
+        "output is a file": (["compose", tower, language_model, "-o", tmp_path / "broken.png"], 2, "is a file"),
+        "no such picture": (["generate", tower, "-p", "What?", "-i", tmp_path / "nothing.png"], 2, "does not exist"),
+        "not composed": (["generate", tower, "-p", "What?"], 1, "'vit'"),
+        "no such checkpoint": (["generate", tmp_path / "nothing", "-p", "What?"], 1, "nothing"),
+        "demo's size": (["demo", "--size", "huge", *output], 2, "quick"),
+        "demo's folder": (["demo", "--output", tmp_path / "full"], 1, "file.txt"),
+        "demo's tower": (["demo", "--vision", language_model, *output], 1, "vision tower"),
+    }
+
+
+def test_bad_input_gives_one_line(capsys, parts, tmp_path):
+    for name, (arguments, expected_code, words) in bad_inputs(parts, tmp_path).items():
+        code, out, err = run(capsys, *arguments)
+        assert code == expected_code, f"{name}: exit code {code}, {err}"
+        assert err.startswith("anyvlm: error: ") and err.count("\n") == 1, f"{name}: {err}"
+        assert words.lower() in err.lower(), f"{name}: {err}"
+        assert out == "", name
+    assert not (tmp_path / "new").exists()
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["file.txt"]
+
+
+def test_a_damaged_picture_gives_one_line(capsys, parts, tmp_path):
+    checkpoint, picture = tmp_path / "vlm", tmp_path / "broken.png"
+    picture.write_bytes(b"no picture")
+    run(capsys, "compose", *parts, "--output", checkpoint)
+    code, out, err = run(capsys, "generate", checkpoint, "-p", "What?", "-i", picture)
+    assert (code, out) == (1, "")
+    assert "broken.png is not a picture" in err and err.count("\n") == 1
+
+
+def test_damaged_weights_give_one_line(capsys, parts, tmp_path):
+    checkpoint = tmp_path / "vlm"
+    run(capsys, "compose", *parts, "--output", checkpoint)
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    code, out, err = run(capsys, "generate", checkpoint, "-p", "What?")
+    assert (code, out) == (1, "")
+    assert err.startswith("anyvlm: error: ") and err.count("\n") == 1
+
+
+def test_overwrite_allows_a_folder_with_files(capsys, parts, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert run(capsys, "compose", *parts, "--output", tmp_path, "--overwrite")[0] == 0
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "anyvlm"
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_debug_shows_the_traceback(parts, tmp_path):
+    tower, _ = parts
+    with pytest.raises(CompositionError):
+        cli.main(["compose", str(tower), str(tower), "--output", str(tmp_path / "vlm"), "--debug"])
+
+
+def test_the_demo_takes_a_pretrained_part(capsys, parts, tmp_path):
+    tower, language_model = parts
+    code, out, _ = run(
+        capsys, "demo", "--text", language_model, "--size", "quick", "--steps", 2, "--output", tmp_path / "demo"
+    )
+    assert code == 0 and "the same answer to all" in out
+    results = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert results["requested_parts"]["text"] == str(language_model)
+    assert results["model"]["parts"]["language model"]["trained"] is True
