@@ -26,15 +26,3 @@ def make_sensitive(model: torch.nn.Module, seed: int = 1) -> None:
             if parameter.is_floating_point():
                 scale = 0.15 if parameter.ndim >= 2 else 0.05
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
-
-
-@torch.no_grad()
-def fit_batch_norms(tower: torch.nn.Module, pixel_values: torch.Tensor) -> None:
-    """Give batch norms the statistics of some pictures, as training would; with none, deep random maps are constant."""
-    norms = [module for module in tower.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
-    if norms:
-        for norm in norms:
-            norm.train()
-            norm.momentum = 1.0
-        tower(pixel_values)
-        tower.eval()

@@ -2,14 +2,13 @@
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from anyvlm.compatibility.tiny_tokenizer import VOCABULARY, fit_batch_norms, make_sensitive, tiny_tokenizer
+from anyvlm.compatibility.tiny_tokenizer import VOCABULARY, make_sensitive, tiny_tokenizer
 
 
 __all__ = [
     "LANGUAGE_MODELS",
     "TOWERS",
     "VOCABULARY",
-    "fit_batch_norms",
     "make_sensitive",
     "text_config",
     "tiny_tokenizer",
