@@ -15,6 +15,7 @@ from . import tiny_configs
 from .composed_model import ComposedModel, bare_padding_works
 
 
+#: What may be said of a pair or of a type.
 WORKS = "works"
 REFUSED = "refused"
 FAILS = "fails"
@@ -51,10 +52,10 @@ class PairResult:
 
     Args:
         vision, text: Model types.
-        outcome: `"works"`, `"refused"` (with a reason, when composed), `"fails"`, or `"not tried"` for want of a
+        status: `"works"`, `"refused"` (with a reason, when composed), `"fails"`, or `"not tried"` for want of a
             library.
         marks: What a pair that works lacks, see `MARKS`.
-        reason: Why it is refused or was not tried.
+        reason: Why it is refused, was not tried, or (the first of `failed`) fails.
         failed: Check -> what was found, for a pair that fails.
         details: Tokens of a picture, kind of input and layout of the features, parameters of each part.
         seconds: How long it took.
@@ -62,7 +63,7 @@ class PairResult:
 
     vision: str
     text: str
-    outcome: str = WORKS
+    status: str = WORKS
     marks: list[str] = field(default_factory=list)
     reason: str | None = None
     failed: dict[str, str] = field(default_factory=dict)
@@ -88,15 +89,18 @@ def check_pair(vision_type: str, text_type: str, seed: int = 0) -> PairResult:
         )
     except (CompositionError, ImportError) as error:
         missing = _missing_library(error)
-        result.outcome = NOT_TRIED if missing else REFUSED
+        result.status = NOT_TRIED if missing else REFUSED
         result.reason = missing or one_line(error)
     except Exception as error:  # noqa: BLE001 - that something unforeseen happened is what the table must say
-        result.outcome = FAILS
+        result.status = FAILS
         result.failed["builds"] = one_line(error)
     else:
         result.details = _details(composed)
         _run_checks(composed, result)
-        result.outcome = FAILS if result.failed else WORKS
+        result.status = FAILS if result.failed else WORKS
+    if result.failed:
+        check, found = next(iter(result.failed.items()))
+        result.reason = f"{CHECKS[check]}: not so, {found}"
     result.seconds = round(time.monotonic() - start, 2)
     return result
 
