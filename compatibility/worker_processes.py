@@ -5,6 +5,7 @@ take all memory, crash in native code) is no more than a recorded failure of its
 """
 
 import contextlib
+import faulthandler
 import json
 import os
 import resource
@@ -99,6 +100,7 @@ def _start(function: Callable, task: Any, timeout: float, memory: int | None) ->
                 os.dup2(stream, target)
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", 1, closefd=False)  # noqa: SIM115
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+            faulthandler.disable()  # where it is on, it would write to the parent's stderr
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             if memory is not None:
                 resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
