@@ -110,8 +110,12 @@ class ComposedModel:
         return self.inputs(["w1 w2 <image> w3 w4 w5"], [picture(seed)])
 
     def logits(self, inputs) -> torch.Tensor:
-        with torch.no_grad():
-            return self.model(**inputs).logits
+        return self._logits_of(self.model, inputs)
+
+    @staticmethod
+    @torch.no_grad()
+    def _logits_of(model: nn.Module, inputs) -> torch.Tensor:
+        return model(**inputs).logits
 
     def generate(self, inputs, model=None, **kwargs) -> torch.Tensor:
         """Greedy new tokens `(batch, new_tokens)`; eos is off, so that every run has the same length."""
@@ -193,26 +197,38 @@ class ComposedModel:
         )
         require((cached != self.model.config.image_token_id).all(), "an image token is generated")
 
-    def check_padding(self, sides: tuple[str, ...] = ("left", "right"), tolerance: float = 1e-4) -> None:
-        """A padded batch gives each sample's own logits, and a left-padded one each sample's own answer."""
+    def check_padding(self, tolerance: float = 1e-4) -> list[str]:
+        """A padded batch gives each sample's own logits, and a left-padded one each sample's own answer; or it is
+        refused, which it may be only where the bare language model cannot take it either.
+
+        Returns:
+            The sides, of `"left"` and `"right"`, on which padding is refused.
+        """
         texts = ["w1 <image> w2", "w5 w6 w7 <image> w8 w9 w10 <image> w11", "w20 w21"]
         pictures = [[picture(0)], [picture(1), picture(2)], []]
         singles = [self.inputs([text], own) for text, own in zip(texts, pictures)]
         alone = [self.logits(single)[0] for single in singles]
-        for side in sides:
+        refused = []
+        for side in ("left", "right"):
             batch = self.inputs(texts, pictures, padding_side=side)
-            together = self.logits(batch)
+            try:
+                together = self.logits(batch)
+                answers = self.generate(batch) if side == "left" else None
+            except ValueError as error:
+                require(not bare_padding_works(self.bare_language_model, side), f"{side} padding is refused: {error}")
+                refused.append(side)
+                continue
             for row, expected in enumerate(alone):
                 found = together[row][batch["attention_mask"][row].bool()]
                 difference = (found - expected).abs().max()
                 require(
                     difference < tolerance, f"{side} padding changes the logits of sample {row} by {difference:.2g}"
                 )
-        if "left" in sides:
-            answers = self.generate(self.inputs(texts, pictures))
-            for row, single in enumerate(singles):
-                expected = self.generate(single)[0]
-                require(torch.equal(answers[row], expected), f"left padding changes the answer to sample {row}")
+            if answers is not None:
+                for row, single in enumerate(singles):
+                    expected = self.generate(single)[0]
+                    require(torch.equal(answers[row], expected), f"{side} padding changes the answer to sample {row}")
+        return refused
 
     def check_save_and_load(self, directory: Path, resize: bool = True) -> None:
         """Exact after saving and loading, tied weights still tied; also after the vocabulary was resized."""
@@ -230,8 +246,15 @@ class ComposedModel:
         self.model.save_pretrained(directory)
         self.processor.save_pretrained(directory)
         loaded = AutoModelForCausalLM.from_pretrained(directory)
-        with torch.no_grad():
-            require(torch.equal(loaded(**inputs).logits, self.logits(inputs)), "other logits after saving and loading")
+        for (
+            parameter
+        ) in loaded.parameters():  # weights mapped from a file are not aligned, and kernels then round else
+            parameter.data = parameter.data.clone()
+        found, expected = self._logits_of(loaded, inputs), self.logits(inputs)
+        require(
+            torch.equal(found, expected),
+            f"logits differ by {(found - expected).abs().max():.2g} after saving and loading",
+        )
         require(
             torch.equal(self.generate(inputs, model=loaded), self.generate(inputs)),
             "another answer after saving and loading",

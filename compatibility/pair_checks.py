@@ -12,9 +12,10 @@ import torch
 
 from ..composition.errors import CompositionError
 from . import tiny_configs
-from .composed_model import ComposedModel, bare_padding_works
+from .composed_model import ComposedModel
 
 
+#: What may be said of a pair or of a type.
 WORKS = "works"
 REFUSED = "refused"
 FAILS = "fails"
@@ -26,7 +27,8 @@ CHECKS = {
     "picture": "another picture changes the logits of the text after it, and of none before it",
     "gradients": "every part gets gradients, with gradient checkpointing the same ones; frozen parts get none",
     "cache": "greedy generation with a cache gives the same tokens as without",
-    "padding": "a left-padded batch gives each sample its own logits and answer",
+    "padding": "a padded batch gives each sample its own logits and answer, or is refused where the language model by "
+    "itself gives others",
     "save": "saved and loaded it gives the same logits and answers, and tied weights are still tied",
     "text": "text without a picture gives the language model's own logits",
     "embeddings": "the embeddings of words in place of image tokens give what the words' ids give",
@@ -34,11 +36,15 @@ CHECKS = {
 
 #: What a pair may lack although it works: the part itself lacks it.
 RIGHT_PADDING_ONLY = "right padding only"
+LEFT_PADDING_ONLY = "left padding only"
 NO_PADDING = "batch of one only"
+#: Sides on which padding is refused -> mark.
+PADDING = {("left",): RIGHT_PADDING_ONLY, ("right",): LEFT_PADDING_ONLY, ("left", "right"): NO_PADDING}
 NO_CHECKPOINTING = "no gradient checkpointing: {}"
 MARKS = {
     RIGHT_PADDING_ONLY: "the language model by itself gives other results for a left-padded text, so train with right "
     "padding and generate one sample at a time",
+    LEFT_PADDING_ONLY: "the language model by itself gives other results for a right-padded text",
     NO_PADDING: "the language model by itself gives other results for any padded text",
     NO_CHECKPOINTING.format("tower"): "the tower's class in transformers does not support it",
     NO_CHECKPOINTING.format("language model"): "the language model's class in transformers does not support it",
@@ -51,10 +57,10 @@ class PairResult:
 
     Args:
         vision, text: Model types.
-        outcome: `"works"`, `"refused"` (with a reason, when composed), `"fails"`, or `"not tried"` for want of a
+        status: `"works"`, `"refused"` (with a reason, when composed), `"fails"`, or `"not tried"` for want of a
             library.
         marks: What a pair that works lacks, see `MARKS`.
-        reason: Why it is refused or was not tried.
+        reason: Why it is refused, was not tried, or (the first of `failed`) fails.
         failed: Check -> what was found, for a pair that fails.
         details: Tokens of a picture, kind of input and layout of the features, parameters of each part.
         seconds: How long it took.
@@ -62,7 +68,7 @@ class PairResult:
 
     vision: str
     text: str
-    outcome: str = WORKS
+    status: str = WORKS
     marks: list[str] = field(default_factory=list)
     reason: str | None = None
     failed: dict[str, str] = field(default_factory=dict)
@@ -88,15 +94,18 @@ def check_pair(vision_type: str, text_type: str, seed: int = 0) -> PairResult:
         )
     except (CompositionError, ImportError) as error:
         missing = _missing_library(error)
-        result.outcome = NOT_TRIED if missing else REFUSED
+        result.status = NOT_TRIED if missing else REFUSED
         result.reason = missing or one_line(error)
     except Exception as error:  # noqa: BLE001 - that something unforeseen happened is what the table must say
-        result.outcome = FAILS
+        result.status = FAILS
         result.failed["builds"] = one_line(error)
     else:
         result.details = _details(composed)
         _run_checks(composed, result)
-        result.outcome = FAILS if result.failed else WORKS
+        result.status = FAILS if result.failed else WORKS
+    if result.failed:
+        check, found = next(iter(result.failed.items()))
+        result.reason = f"{CHECKS[check]}: not so, {found}"
     result.seconds = round(time.monotonic() - start, 2)
     return result
 
@@ -159,14 +168,6 @@ def _run_checks(composed: ComposedModel, result: PairResult) -> None:
 
 
 def _check_padding(composed: ComposedModel, result: PairResult) -> None:
-    """Left padding must work unless the bare language model fails it too; then right padding, by the same rule."""
-    try:
-        composed.check_padding()
-    except AssertionError:
-        if bare_padding_works(composed.bare_language_model, "left"):
-            raise
-        if bare_padding_works(composed.bare_language_model, "right"):
-            composed.check_padding(sides=("right",))
-            result.marks.append(RIGHT_PADDING_ONLY)
-        else:
-            result.marks.append(NO_PADDING)
+    refused = composed.check_padding()
+    if refused:
+        result.marks.append(PADDING[tuple(refused)])

@@ -11,7 +11,7 @@ from anyvlm.compatibility.pair_checks import CHECKS, check_pair
 
 def test_a_pair_that_works():
     result = check_pair("clip_vision_model", "llama")
-    assert (result.outcome, result.failed, result.marks, result.reason) == ("works", {}, [], None)
+    assert (result.status, result.failed, result.marks, result.reason) == ("works", {}, [], None)
     assert result.details["tokens"] == 16
     assert result.details["layout"] == "sequence"
     assert min(result.details["parameters"].values()) > 10_000
@@ -32,20 +32,20 @@ def test_refusals_come_with_their_reason(monkeypatch):
 
     monkeypatch.setattr(pair_checks, "ComposedModel", refuse)
     result = check_pair("clip_vision_model", "llama")
-    assert (result.outcome, result.reason) == ("refused", "These two cannot be joined.")
+    assert (result.status, result.reason) == ("refused", "These two cannot be joined.")
 
 
 def test_an_error_that_is_no_refusal_is_a_failure():
     result = check_pair("not_a_type", "llama")
-    assert result.outcome == "fails"
+    assert result.status == "fails"
     assert "not_a_type" in result.failed["builds"]
 
 
 def test_a_missing_library_is_named():
     result = check_pair("timm_wrapper", "llama")
-    if result.outcome == "works":
+    if result.status == "works":
         pytest.skip("timm is installed here")
-    assert (result.outcome, result.reason) == ("not tried", "timm is not installed")
+    assert (result.status, result.reason) == ("not tried", "timm is not installed")
 
 
 class _Broken(ComposedModel):
@@ -130,7 +130,7 @@ def test_each_check_fails_on_what_it_is_for(monkeypatch, breakage, expected):
     monkeypatch.setattr(_Broken, "break_model", staticmethod(breakage))
     monkeypatch.setattr(pair_checks, "ComposedModel", _Broken)
     result = check_pair("clip_vision_model", "llama")
-    assert result.outcome == "fails"
+    assert result.status == "fails"
     assert expected in result.failed
     assert set(result.failed) <= set(CHECKS)
 
