@@ -1,6 +1,7 @@
 """Join a vision tower and a language model."""
 
 import contextlib
+import copy
 import logging
 import os
 from collections.abc import Sequence
@@ -121,8 +122,9 @@ def compose(
             part.config.dtype = dtype
             part.config.name_or_path = ""
         config = AnyVlmConfig(
-            vision_config=vision_tower.config,
-            text_config=language_model.config,
+            # Copies: a composite config unsets the attention implementation of its sub-configs, which the parts read.
+            vision_config=copy.deepcopy(vision_tower.config),
+            text_config=copy.deepcopy(language_model.config),
             vision_tower_spec=spec,
             language_model_spec=language_model_spec,
             projector_config=projector_config,
@@ -153,8 +155,8 @@ def _assemble(config: AnyVlmConfig, vision_tower: nn.Module, language_model: nn.
     """The model around the parts as they are, without a second copy of their weights."""
     with torch.device("meta"):
         model = AnyVlmForConditionalGeneration(config)
-    model.vision_tower = vision_tower
-    model.language_model = language_model
+    model.vision_tower, model.config.vision_config = vision_tower, vision_tower.config
+    model.language_model, model.config.text_config = language_model, language_model.config
     projector = build_projector(config.projector_config)
     for module in projector.modules():
         model._init_weights(module)

@@ -5,6 +5,7 @@ import logging
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from ..modeling.language_models import resize_vocabulary
 from .errors import CompositionError
 from .parts import PartSource, pretrained_name
 
@@ -82,7 +83,10 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase, language_model: nn.Modul
             f"{type(tokenizer).__name__} does not keep {image_token!r} as one token. Pass another image_token=…."
         )
     if len(tokenizer) > language_model.get_input_embeddings().weight.shape[0]:
-        language_model.resize_token_embeddings(len(tokenizer))
+        try:
+            resize_vocabulary(language_model, len(tokenizer))
+        except ValueError as error:
+            raise CompositionError(str(error)) from error
     return image_token_id
 
 

@@ -17,6 +17,7 @@ from .language_models import (
     build_language_model,
     default_position_ids,
     labelled_positions,
+    resize_vocabulary,
 )
 from .projectors import build_projector
 from .vision_towers import build_vision_tower, call_vision_tower, read_features
@@ -105,6 +106,14 @@ class AnyVlmModel(PreTrainedModel):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    def initialize_weights(self) -> None:
+        """Each part by its own rules, then the projector. transformers would treat parts of its own as custom code here,
+        and skip a module without parameters that computes the buffers of its children (falcon_h1)."""
+        for part in self.children():
+            if isinstance(part, PreTrainedModel):
+                part.initialize_weights()
+        super().initialize_weights()
+
     def _check_widths(self) -> None:
         spec, projector_config = self.config.vision_tower_spec, self.config.projector_config
         if projector_config["in_features"] != spec["hidden_size"]:
@@ -140,8 +149,9 @@ class AnyVlmModel(PreTrainedModel):
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
         """As transformers'. Left to the language model, some of which keep the vocabulary's size in several places."""
-        embeddings = self.language_model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        self.config.text_config.vocab_size = self.language_model.config.vocab_size
+        embeddings = resize_vocabulary(self.language_model, new_num_tokens, *args, **kwargs)
+        # Some families build from a copy of the config they are given.
+        self.config.text_config = self.language_model.config
         return embeddings
 
     def enable_input_require_grads(self) -> None:
