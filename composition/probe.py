@@ -264,8 +264,8 @@ def _candidates(vision_tower: nn.Module, image_size: tuple[int, int], name: str)
     ]
     if needed:
         raise CompositionError(
-            f"{name} needs {', '.join(needed)} beside {found[0]['arguments']['pixels']}, which no picture gives. The nearest that works: "
-            "siglip_vision_model or dinov2."
+            f"{name} needs {', '.join(needed)} beside {found[0]['arguments']['pixels']}, which no picture gives. The "
+            "nearest that works: siglip_vision_model or dinov2."
         )
     return found
 
