@@ -141,7 +141,7 @@ _SWIN = {
 }
 _EFFICIENTNET = {
     "image_size": 64,
-    "in_channels": [16, 16, 24],
+    "in_channels": [32, 16, 24],
     "out_channels": [16, 24, 32],
     "kernel_sizes": [3, 3, 5],
     "strides": [1, 2, 2],
@@ -215,7 +215,7 @@ PICTURE_SIZE: dict[str, int] = {
             "align_vision_model", "bit", "conditional_detr", "convnext", "convnextv2", "cvt", "d_fine", "dab-detr",
             "deepseek_ocr2_sam_vision_model", "deepseek_ocr2_vision", "deformable_detr", "deimv2", "detr",
             "dinov3_convnext", "donut-swin", "edgetam", "edgetam_vision_model", "efficientloftr", "efficientnet",
-            "florence_vision", "focalnet", "glpn", "hgnet_v2", "hiera", "janus_vqgan", "lw_detr", "lw_detr_vit", "levit",
+            "florence_vision", "focalnet", "glpn", "hgnet_v2", "hiera", "janus_vqgan", "lw_detr", "lw_detr_vit",
             "maskformer-swin", "mobilenet_v1", "mobilenet_v2", "mobilevit", "mobilevitv2", "poolformer",
             "pp_doclayout_v2", "pp_doclayout_v3", "pp_doclayout_v4", "pp_lcnet", "pp_lcnet_v3", "pp_lcnet_v4",
             "pp_ocrv5_mobile_rec", "pp_ocrv5_server_det", "pp_ocrv5_server_rec", "pp_ocrv6_medium_det",
@@ -230,6 +230,7 @@ PICTURE_SIZE: dict[str, int] = {
     "timm_wrapper": 224,
     "gemma3n_vision": 224,
     "gemma4_vision": 48,
+    "levit": 128,
     "inkling_vision": 40,
 }  # fmt: skip
 
@@ -366,7 +367,7 @@ VISION_OF_TYPE: dict[str, dict] = {
         "depths": [1, 1, 1],
         "key_dim": [8, 8, 8],
         "patch_size": 16,
-        "image_size": 64,
+        "image_size": 128,
     },
     "llama4_vision_model": {"projector_input_dim": 32, "projector_output_dim": 32, "intermediate_size": 128},
     "lw_detr": {
@@ -411,12 +412,12 @@ VISION_OF_TYPE: dict[str, dict] = {
         "patch_size": 2,
     },
     "mobilevitv2": {"image_size": 64, "patch_size": 2, "width_multiplier": 0.125, "n_attn_blocks": [1, 1, 1]},
-    "molmo2_vision": {"image_size": [32, 32], "num_position_embeddings": 16},
+    "molmo2_vision": {"image_size": [32, 32], "num_position_embeddings": 16, "num_key_value_heads": 4},
     "muse_glimmer_vision": {"temporal_patch_size": 2},
     "muse_spark_vision": {"temporal_patch_size": 2},
     "ovis2_vision": {"vocab_size": 64},
     "pe_video_encoder": {"vision_config": _TIMM},
-    "pix2struct_vision_model": {"seq_len": 64, "patch_embed_hidden_size": 192, "d_ff": 64, "d_kv": 8},
+    "pix2struct_vision_model": {"patch_size": 8, "seq_len": 64, "patch_embed_hidden_size": 192, "d_ff": 64, "d_kv": 8},
     "poolformer": {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
     "pp_doclayout_v2": _REAL_TIME_DETECTOR,
     "pp_doclayout_v3": _REAL_TIME_DETECTOR,
@@ -445,7 +446,7 @@ VISION_OF_TYPE: dict[str, dict] = {
     "pp_ocrv6_tiny_rec": {"backbone_config": _HGNET_READING, **_READER},
     "pvt": {**_PYRAMID, "patch_sizes": [4, 2, 2, 2]},
     "pvt_v2": _PYRAMID,
-    "radio": {"max_img_size": 64, "num_registers": 2, "num_cls_tokens": 1},
+    "radio": {"max_img_size": 64, "num_registers": 2, "num_cls_tokens": 1, "summary_idxs": [0]},
     "regnet": {"embedding_size": 16, "hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1], "groups_width": 8},
     "resnet": {"embedding_size": 16, "hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1]},
     "rf_detr": {

@@ -1,6 +1,7 @@
 """Join a vision tower and a language model."""
 
 import contextlib
+import copy
 import logging
 import os
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from ..processing.processing_anyvlm import AnyVlmProcessor
 from .chat_templates import chat_template_with_images
 from .errors import CompositionError
 from .image_processors import load_image_processor
-from .language_model_probe import check_language_model
+from .language_model_probe import probe_generation, probe_language_model
 from .parts import PartSource, load_language_model, load_vision_tower, pretrained_name, source_name
 from .probe import probe_features, probe_vision_tower
 from .tokenizers import add_image_token, load_tokenizer, normalise_special_tokens
@@ -100,7 +101,7 @@ def compose(
             _refuse_remote_code(part)
             _cast(part, dtype)
 
-        check_language_model(language_model)
+        language_model_spec = probe_language_model(language_model)
         normalise_special_tokens(text_tokenizer, language_model)
         image_token_id = add_image_token(text_tokenizer, language_model, image_token)
 
@@ -121,9 +122,11 @@ def compose(
             part.config.dtype = dtype
             part.config.name_or_path = ""
         config = AnyVlmConfig(
-            vision_config=vision_tower.config,
-            text_config=language_model.config,
+            # Copies: a composite config unsets the attention implementation of its sub-configs, which the parts read.
+            vision_config=copy.deepcopy(vision_tower.config),
+            text_config=copy.deepcopy(language_model.config),
             vision_tower_spec=spec,
+            language_model_spec=language_model_spec,
             projector_config=projector_config,
             fusion=fusion,
             image_token_id=image_token_id,
@@ -134,6 +137,7 @@ def compose(
             dtype=dtype,
         )
         model = _assemble(config, vision_tower, language_model)
+        model.learn_about_language_model(probe_generation(model))
         _match_embedding_scale(model, features)
 
     processor = AnyVlmProcessor(
@@ -151,8 +155,8 @@ def _assemble(config: AnyVlmConfig, vision_tower: nn.Module, language_model: nn.
     """The model around the parts as they are, without a second copy of their weights."""
     with torch.device("meta"):
         model = AnyVlmForConditionalGeneration(config)
-    model.vision_tower = vision_tower
-    model.language_model = language_model
+    model.vision_tower, model.config.vision_config = vision_tower, vision_tower.config
+    model.language_model, model.config.text_config = language_model, language_model.config
     projector = build_projector(config.projector_config)
     for module in projector.modules():
         model._init_weights(module)

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ..configuration.image_tokens import image_grids
-from ..modeling.picture_inputs import PICTURE_INPUTS, PIXEL_ARGUMENTS, tower_arguments
+from ..modeling.picture_inputs import PICTURE_INPUTS, picture_kinds, tower_arguments
 from ..modeling.vision_towers import build_vision_tower, call_vision_tower, read_features, select_output, to_sequence
 from .errors import CompositionError
 
@@ -59,7 +59,7 @@ def probe_vision_tower(
             "hidden_size": sum(features.shape[-1] for features in raw_features),
             "grid": list(_factor(num_features, image_size)),
         }
-    layouts = {_layout(features, spec, vision_tower.config, image_size, name) for features in raw_features}
+    layouts = {_layout(features, spec, vision_tower, image_size, name) for features in raw_features}
     shapes = {tuple(to_sequence(features, layout).shape[1:2]) for features in raw_features for layout in layouts}
     if len(layouts) > 1 or len(shapes) > 1:
         raise CompositionError(
@@ -99,9 +99,10 @@ def _patch_spec(vision_tower, spec: dict, raw_features: list[torch.Tensor], laye
     size = spec["patch"]["size"]
     height, width = spec["image_size"]
     num_patches = (height // size) * (width // size)
-    layout = "packed" if spec["inputs"] != "padded_patches" else "sequence"
+    one_row = raw_features[0].ndim == 2 or raw_features[0].shape[0] == 1
+    layout = "packed" if one_row else "sequence"
     num_features = to_sequence(raw_features[0], layout).shape[1]
-    if layout == "packed":
+    if one_row:
         num_features //= 2  # two pictures were run
     merge = math.isqrt(num_patches // num_features) if num_features else 0
     spec = {
@@ -113,6 +114,8 @@ def _patch_spec(vision_tower, spec: dict, raw_features: list[torch.Tensor], laye
         "hidden_size": sum(features.shape[-1] for features in raw_features),
         "grid": [height // size // max(merge, 1), width // size // max(merge, 1)],
     }
+    if not spec["any_size"]:
+        return spec
     # A picture of other proportions must agree with what was concluded from the first.
     edge = size * max(merge, 1) * spec["patch"]["block"]
     other = (2 * edge, 4 * edge)
@@ -146,12 +149,13 @@ def probe_features(
     pictures = pictures.to(_device(vision_tower), vision_tower.dtype)
     grids = image_grids(spec, pictures, {})
 
-    def run() -> torch.Tensor:
-        with torch.no_grad(), _evaluating(vision_tower):
+    def run(pictures: torch.Tensor) -> torch.Tensor:
+        with _evaluating(vision_tower):
             raw_features = call_vision_tower(vision_tower, spec, pictures, layer)
-        return torch.stack(read_features(raw_features, spec, grids)).float()
+        return torch.stack(read_features(raw_features, spec, grids[: len(pictures)])).float()
 
-    features = run()
+    with torch.no_grad():
+        features = run(pictures)
     if not bool(torch.isfinite(features).all()):
         raise CompositionError(
             f"{name} gives features that are not finite. Are its weights loaded, and does {vision_tower.dtype} hold "
@@ -161,12 +165,41 @@ def probe_features(
         if is_trained:
             raise CompositionError(f"{name} gives the same features for different pictures. Are its weights loaded?")
         logger.warning("%s gives the same features for different pictures with these random weights.", name)
-    if float((run() - features).abs().max()) > 1e-2 * float(features.abs().max()):
+    alone = _run_alone(run, pictures[:1], name)
+    tolerance = 1e-2 * float(features.abs().max())
+    if float((alone - features[:1]).abs().max()) > tolerance:
+        with torch.no_grad():
+            random = float((run(pictures) - features).abs().max()) > tolerance
         raise CompositionError(
             f"{name} gives other features each time for the same picture, as a model that drops patches at random does. "
             "Pass an encoder without that, such as vit or dinov2."
+            if random
+            else f"{name} gives other features for a picture alone than in a batch, as a model of clips does that takes "
+            "the batch for one clip. Pass a tower of pictures such as clip or dinov2."
         )
     return features
+
+
+def _run_alone(run, picture: torch.Tensor, name: str) -> torch.Tensor:
+    """Features of one picture, with a graph, since a tower must be trainable.
+
+    Raises:
+        CompositionError: it does not run on one picture, or no gradient reaches it.
+    """
+    try:
+        with torch.enable_grad():
+            alone = run(picture)
+    except Exception as error:  # noqa: BLE001 - a tower may fail in any way; what it said is reported
+        raise CompositionError(
+            f"{name} runs on two pictures but not on one ({type(error).__name__}: {error}), as a model of clips does "
+            "that takes the batch for one clip. Pass a tower of pictures such as clip or dinov2."
+        ) from error
+    if not alone.requires_grad:
+        raise CompositionError(
+            f"{name} gives features that carry no gradient, such as the codes of a codec. Pass a tower such as clip or "
+            "dinov2."
+        )
+    return alone.detach()
 
 
 def synthetic_pictures(num_pictures: int, channels: int, image_size: tuple[int, int], seed: int = 0) -> torch.Tensor:
@@ -204,8 +237,8 @@ def _candidates(vision_tower: nn.Module, image_size: tuple[int, int], name: str)
     """
     parameters = inspect.signature(vision_tower.forward).parameters
     config = vision_tower.config
-    pixels = next((key for key in PIXEL_ARGUMENTS if key in parameters), None)
-    if pixels is None or "input_ids" in parameters:
+    kinds = picture_kinds(parameters)
+    if not kinds or "input_ids" in parameters:
         takes = ", ".join(key for key in list(parameters)[:4])
         text = "input_ids" in parameters
         raise CompositionError(
@@ -218,18 +251,10 @@ def _candidates(vision_tower: nn.Module, image_size: tuple[int, int], name: str)
             )
         )
     found = []
-    for kind, row in PICTURE_INPUTS.items():
-        arguments = {
-            name: next((option for option in options if option in parameters), None)
-            for name, options in row.arguments.items()
-        }
-        if any(option is None and name not in row.optional for name, option in arguments.items()):
-            continue
-        arguments = {"pixels": pixels, **{name: option for name, option in arguments.items() if option}}
+    for kind, arguments in kinds.items():
         for details in _details(kind, config, image_size):
-            found.append({"inputs": kind, "arguments": arguments, **details})
-        if row.arguments:
-            break  # a tower that takes patches is not tried with whole pictures
+            row = PICTURE_INPUTS[kind]
+            found.append({"inputs": kind, "arguments": arguments, "any_size": row.any_size, **details})
     needed = [
         key
         for key, parameter in parameters.items()
@@ -239,8 +264,8 @@ def _candidates(vision_tower: nn.Module, image_size: tuple[int, int], name: str)
     ]
     if needed:
         raise CompositionError(
-            f"{name} needs {', '.join(needed)} beside {pixels}, which no picture gives. The nearest that works: "
-            "siglip_vision_model or dinov2."
+            f"{name} needs {', '.join(needed)} beside {found[0]['arguments']['pixels']}, which no picture gives. The "
+            "nearest that works: siglip_vision_model or dinov2."
         )
     return found
 
@@ -266,6 +291,7 @@ def _details(kind: str, config: PreTrainedConfig, image_size: tuple[int, int]) -
             for n in dict.fromkeys((stated, 1, 2))
         ),
         {"patch": {"size": size, "frames": 1, "form": "channels_first", "block": 1}},
+        {"patch": {"size": size, "frames": 1, "form": "row", "block": 1}},
         # Some count their grid in merged patches.
         {"patch": {"size": size * block, "frames": 1, "form": "channels_last", "block": 1}},
     ]
@@ -330,8 +356,8 @@ def _run(vision_tower, image_size, layer, name) -> tuple[dict, list[torch.Tensor
                 errors.append(f"2 pictures gave features of shape {tuple(raw_features[0].shape)}")
     height, width = image_size
     raise CompositionError(
-        f"{name} cannot be run on pictures of {height}x{width} pixels: {errors[0].rstrip('.')}. Pass image_size=… with "
-        "the size it was made for, or its own image_processor=…."
+        f"{name} cannot be run on one picture of {height}x{width} pixels at a time: {errors[0].rstrip('.')}. If it was "
+        "made for another size, pass image_size=…; the nearest that works with any: dinov2 or siglip_vision_model."
     )
 
 
@@ -377,7 +403,7 @@ class _evaluating:
 
 
 def _layout(
-    features: torch.Tensor, spec: dict, config: PreTrainedConfig, image_size: tuple[int, int], name: str
+    features: torch.Tensor, spec: dict, vision_tower: nn.Module, image_size: tuple[int, int], name: str
 ) -> str:
     """Where the channels of a map are: the axis that is not one of two spatial axes of the picture's proportions."""
     if spec["inputs"] == "tiles":
@@ -403,19 +429,35 @@ def _layout(
         candidates.append("channels_first")
     if is_map(first, middle):
         candidates.append("channels_last")
-    if len(candidates) == 2:
-        # Both fit when there are about as many channels as rows. Then a width that the config states decides.
-        widths = set(_config_widths(config))
+    if len(candidates) != 1:
+        # Both fit when there are about as many channels as rows, and none with other strides for rows than for columns
+        # (text recognition). Then a width that the config states decides.
+        widths = set(_config_widths(vision_tower.config))
         if last in widths and first not in widths:
             candidates = ["channels_last"]
         elif first in widths and last not in widths:
             candidates = ["channels_first"]
+    if len(candidates) != 1:
+        candidates = _layout_by_other_width(vision_tower, spec, tuple(features.shape), image_size)
     if len(candidates) != 1:
         raise CompositionError(
             f"{name} gives features of shape {tuple(features.shape)}, whose channels cannot be told from its rows and "
             "columns. Compose it with another image_size."
         )
     return candidates[0]
+
+
+def _layout_by_other_width(vision_tower: nn.Module, spec: dict, shape: tuple[int, ...], image_size) -> list[str]:
+    """The layout of a map by which axis grows with a wider picture; empty if the tower takes no wider one."""
+    height, width = image_size
+    pictures = synthetic_pictures(2, num_channels(vision_tower.config), (height, 2 * width)).to(_device(vision_tower))
+    try:
+        with torch.no_grad(), _evaluating(vision_tower):
+            found = call_vision_tower(vision_tower, spec, pictures.to(vision_tower.dtype))[0].shape
+    except Exception:  # noqa: BLE001 - a tower of one size may fail in any way
+        return []
+    grown = [axis for axis in range(4) if found[axis] != shape[axis]]
+    return {(3,): ["channels_first"], (2,): ["channels_last"]}.get(tuple(grown), [])
 
 
 def _config_widths(config: PreTrainedConfig) -> list[int]:

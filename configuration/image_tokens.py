@@ -13,11 +13,10 @@ def image_grid(vision_tower_spec: dict, height: int, width: int) -> Grid:
     ``vision_tower_spec`` is what the probe measured when the model was composed (see ``composition/probe.py``).
 
     Raises:
-        ValueError: the picture has not the size that was measured; for a tower of patches, it cannot be cut into them.
+        ValueError: the picture has not the size that was measured; or, where any size will do, it cannot be cut into patches.
     """
-    patch = vision_tower_spec.get("patch")
-    if patch is not None:
-        edge = patch["size"] * vision_tower_spec["merge_size"]
+    if vision_tower_spec["any_size"]:
+        edge = vision_tower_spec["patch"]["size"] * vision_tower_spec["merge_size"]
         if height % edge or width % edge or not height or not width:
             raise ValueError(
                 f"The vision tower cuts pictures into patches of {edge}x{edge} pixels (merged ones), which "
@@ -46,7 +45,7 @@ def image_grids(vision_tower_spec: dict, pixel_values, processor_outputs: Mappin
             ``image_position_ids`` ``(num_images, num_patches, 2)``, column and row, negative at padding. Empty for
             plain pictures.
     """
-    merge = vision_tower_spec.get("merge_size", 1)
+    merge = vision_tower_spec["merge_size"]
     for key in ("image_grid_thw", "spatial_shapes", "target_sizes"):
         if processor_outputs.get(key) is not None:
             # Frames of a clip stand one below the other.

@@ -16,6 +16,7 @@ The facts about one tower (names of its arguments, patch size, …) were measure
 | `num_frames` | frames of a clip, for towers of video |
 | `num_tiles` | places for tiles of one picture, for towers that take tiles |
 | `num_patches` | patches of one picture, for masked autoencoders |
+| `any_size` | pictures may have any size that is a multiple of the merged patches |
 """
 
 from collections.abc import Callable, Mapping
@@ -30,12 +31,14 @@ class PictureInputs:
 
     Args:
         arguments: This module's name -> the names that towers use, one of which must be an argument of `forward`.
-            `pixels` is not listed: see `PIXEL_ARGUMENTS`.
+            `pixels` is not listed: see below.
         from_processor: This module's name -> what image processors call the same thing. With none of these in the
             inputs, `pixel_values` are plain pictures.
         optional: Arguments that a tower of this kind may lack.
         from_pictures: `(pictures (B, C, H, W), spec) -> {this module's name: tensor}`.
-        is_patches: Pictures are cut into patches before the tower, so that any multiple of the patch size will do.
+        is_patches: Pictures are cut into patches before the tower.
+        any_size: Any multiple of the (merged) patches will do as the size of a picture.
+        pixels: What towers of this kind call the pixels.
     """
 
     arguments: Mapping[str, tuple[str, ...]]
@@ -43,10 +46,9 @@ class PictureInputs:
     from_pictures: Callable[[torch.Tensor, dict], dict[str, torch.Tensor]]
     optional: frozenset[str] = frozenset()
     is_patches: bool = True
+    any_size: bool = True
+    pixels: tuple[str, ...] = ("pixel_values", "pixel_values_images", "pixel_values_videos")
 
-
-#: What towers call the pixels. `hidden_states` is a name of qwen2_vl and its relatives, whose towers take patches.
-PIXEL_ARGUMENTS = ("pixel_values", "pixel_values_images", "pixel_values_videos", "hidden_states")
 
 #: Outputs of image processors, beside `pixel_values`, that the model takes.
 PROCESSOR_KEYS = (
@@ -78,14 +80,16 @@ def _patch_rows_and_columns(pictures: torch.Tensor, spec: dict) -> torch.Tensor:
 
 
 def _packed(pictures: torch.Tensor, spec: dict) -> dict[str, torch.Tensor]:
-    """Patches of all pictures one after another, in one of three forms: `"flat"` `(total, C * frames * size * size)`
+    """Patches of all pictures one after another, in one of four forms: `"flat"` `(total, C * frames * size * size)`
     (Qwen2-VL, Wang et al. 2024; a still picture stands for each frame of a patch), `"channels_first"`
-    `(total, C, size, size)` or `"channels_last"` `(total, size, size, C)`; and grids `(B, 3)` of frames, rows and
-    columns."""
+    `(total, C, size, size)`, the same as one `"row"` `(1, total, C, size, size)`, or `"channels_last"`
+    `(total, size, size, C)`; and grids `(B, 3)` of frames, rows and columns."""
     patch = spec["patch"]
     patches = cut_patches(pictures, patch).flatten(0, 1)
     if patch["form"] == "flat":
         patches = patches.unsqueeze(2).expand(-1, -1, patch["frames"], -1, -1).flatten(1)
+    elif patch["form"] == "row":
+        patches = patches.unsqueeze(0)
     elif patch["form"] == "channels_last":
         patches = patches.permute(0, 2, 3, 1)
     shapes = _patch_rows_and_columns(pictures, spec)
@@ -100,6 +104,17 @@ def _padded(pictures: torch.Tensor, spec: dict) -> dict[str, torch.Tensor]:
     patches = cut_patches(pictures, spec["patch"]).permute(0, 1, 3, 4, 2).flatten(2)
     mask = torch.ones(patches.shape[:2], dtype=torch.int32, device=pictures.device)
     return {"pixels": patches, "shapes": _patch_rows_and_columns(pictures, spec), "mask": mask}
+
+
+def _numbered(pictures: torch.Tensor, spec: dict) -> dict[str, torch.Tensor]:
+    """Patches `(B, num_patches, 2 + size * size * C)`, each behind its row and column, counted from 1, and a mask
+    (Pix2Struct, Lee et al. 2022)."""
+    padded = _padded(pictures, spec)
+    columns = int(padded["shapes"][0, 1])
+    index = torch.arange(padded["pixels"].shape[1], device=pictures.device)
+    places = torch.stack([index // columns + 1, index % columns + 1], dim=-1).to(pictures.dtype)
+    places = places.expand(len(pictures), -1, -1)
+    return {"pixels": torch.cat([places, padded["pixels"]], dim=-1), "mask": padded["mask"]}
 
 
 def _strip(pictures: torch.Tensor, spec: dict) -> dict[str, torch.Tensor]:
@@ -152,6 +167,13 @@ PICTURE_INPUTS: dict[str, PictureInputs] = {
         optional=frozenset({"merge_sizes"}),
         from_processor={"grids": "image_grid_thw"},
         from_pictures=_packed,
+        pixels=("pixel_values", "hidden_states"),
+    ),
+    "numbered_patches": PictureInputs(
+        arguments={"mask": ("attention_mask",)},
+        from_processor={},
+        from_pictures=_numbered,
+        pixels=("flattened_patches",),
     ),
     "padded_patches": PictureInputs(
         arguments={"shapes": ("spatial_shapes",), "mask": ("pixel_attention_mask", "attention_mask")},
@@ -174,14 +196,20 @@ PICTURE_INPUTS: dict[str, PictureInputs] = {
         from_processor={},
         from_pictures=_first_tile,
         is_patches=False,
+        any_size=False,
     ),
     "masked_pictures": PictureInputs(
-        arguments={"noise": ("noise",)}, from_processor={}, from_pictures=_unmasked, is_patches=False
+        arguments={"noise": ("noise",)}, from_processor={}, from_pictures=_unmasked, is_patches=False, any_size=False
     ),
     "pictures": PictureInputs(
-        arguments={}, from_processor={}, from_pictures=lambda pictures, spec: {"pixels": pictures}, is_patches=False
+        arguments={},
+        from_processor={},
+        from_pictures=lambda pictures, spec: {"pixels": pictures},
+        is_patches=False,
+        any_size=False,
     ),
-    "frames": PictureInputs(arguments={}, from_processor={}, from_pictures=_frames, is_patches=False),
+    "frames": PictureInputs(arguments={}, from_processor={}, from_pictures=_frames, is_patches=False, any_size=False),
+    "patches": PictureInputs(arguments={}, from_processor={}, from_pictures=_padded, any_size=False),
 }
 
 
@@ -216,3 +244,21 @@ def tower_arguments(spec: dict, pixel_values: torch.Tensor, processor_outputs: M
                 (len(tensors["grids"]),), spec["patch"]["block"], device=pixel_values.device
             )
     return {spec["arguments"][name]: value for name, value in tensors.items() if name in spec["arguments"]}
+
+
+def picture_kinds(parameters: Mapping) -> dict[str, dict[str, str]]:
+    """The rows of `PICTURE_INPUTS` that the arguments of a tower's `forward` allow, and in each the tower's names.
+
+    A tower that has a row's own arguments is not tried with whole pictures; one without takes pictures, frames, or
+    patches in a fixed grid, and only a run can tell which.
+    """
+    kinds = {}
+    for kind, row in PICTURE_INPUTS.items():
+        options = {"pixels": row.pixels, **row.arguments}
+        found = {name: next((o for o in names if o in parameters), None) for name, names in options.items()}
+        if any(option is None and name not in row.optional for name, option in found.items()):
+            continue
+        kinds[kind] = {name: option for name, option in found.items() if option}
+        if row.arguments:
+            break
+    return kinds

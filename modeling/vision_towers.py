@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_BACKBONE_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from .picture_inputs import PIXEL_ARGUMENTS, tower_arguments
+from .picture_inputs import picture_kinds, tower_arguments
 
 
 #: What the axes of a tower's features mean; B pictures, N places or H x W of them, C channels.
@@ -61,7 +61,7 @@ def vision_tower_class(vision_config: PreTrainedConfig) -> type[PreTrainedModel]
         if inspect.isclass(value)
         and issubclass(value, PreTrainedModel)
         and value.config_class is type(vision_config)
-        and set(PIXEL_ARGUMENTS).intersection(inspect.signature(value.forward).parameters)
+        and picture_kinds(inspect.signature(value.forward).parameters)
     ]
     return candidates[0] if candidates else None
 

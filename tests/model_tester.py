@@ -30,16 +30,24 @@ class ComposedModelTester(ComposedModel):
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
         labels[:, :2] = -100
         router = "output_router_logits" in self.model.language_model_interface.argument_names
-        kwargs = {"labels": labels, **({"output_router_logits": True} if router else {})}
+        extra = {"output_router_logits": True} if router else {}
+        count = (labels[:, 1:] != -100).sum()
         with torch.no_grad():
-            ours = self.model(**inputs, **kwargs)
-            full = self.model.language_model(**inputs, **kwargs)
-            halved = self.model(**inputs, **kwargs, num_items_in_batch=2 * (labels != -100).sum())
-        assert ours.logits.shape[1] < full.logits.shape[1]
-        torch.testing.assert_close(ours.loss, full.loss)
-        aux_loss = self.bare_language_model.router_aux_loss_coef * full.aux_loss if router else torch.tensor(0.0)
-        assert (aux_loss > 0) == router
-        torch.testing.assert_close(halved.loss - aux_loss, (full.loss - aux_loss) / 2)
+            ours = self.model(**inputs, **extra, labels=labels)
+            halved = self.model(**inputs, **extra, labels=labels, num_items_in_batch=2 * count)
+            full = self.model.language_model(**inputs, **extra, labels=labels)
+        expected = torch.nn.functional.cross_entropy(
+            full.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100
+        )
+        torch.testing.assert_close(2 * (ours.loss - halved.loss), expected)  # auxiliary losses do not count
+        if self.model.language_model_interface.spec["own_loss"]:
+            torch.testing.assert_close(ours.loss, full.loss)
+            assert (ours.loss > expected + 1e-4) == (full.get("aux_loss") is not None)
+        else:
+            torch.testing.assert_close(ours.loss, expected)
+        assert not self.model.language_model_interface.takes_logits_to_keep or (
+            ours.logits.shape[1] < full.logits.shape[1]
+        )
 
 
 ALL_TOWERS = list(TOWERS)
