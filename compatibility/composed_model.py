@@ -198,6 +198,14 @@ class ComposedModel:
             torch.equal(cached, uncached), f"with a cache {cached[0].tolist()}, without one {uncached[0].tolist()}"
         )
         require((cached != self.model.config.image_token_id).all(), "an image token is generated")
+        if not self.uses_cache():
+            require(
+                not bare_cache_works(self.bare_language_model, self.new_tokens),
+                "it generates without a cache, although the language model by itself can with one",
+            )
+
+    def uses_cache(self) -> bool:
+        return self.model.language_model_interface.spec["use_cache"]
 
     def check_padding(self, tolerance: float = 1e-4) -> list[str]:
         """A padded batch gives each sample's own logits, and a left-padded one each sample's own answer; or it is
@@ -305,7 +313,7 @@ class ComposedModel:
                 mm_encoder_outputs={"image": _Encoded([tokens])},
             ).logits
             expected = self.model.language_model(input_ids=as_text, attention_mask=inputs["attention_mask"]).logits
-        if "per_layer_inputs" in inspect.signature(self.model.language_model.base_model.forward).parameters:
+        if self.model.language_model_interface.has_per_layer_inputs:
             # The placeholders have no rows in the per-layer tables, by design of gemma3n; the text before is exact.
             first = int(image_mask[0].nonzero()[0])
             as_image, expected = as_image[:, :first], expected[:, :first]
@@ -348,6 +356,25 @@ def bare_padding_works(language_model: nn.Module, side: str, tolerance: float = 
             expected = logits(alone, torch.ones_like(alone), embedded)[0]
             if (together[row][mask[row].bool()] - expected).abs().max() >= tolerance:
                 return False
+    return True
+
+
+def bare_cache_works(language_model: nn.Module, new_tokens: int) -> bool:
+    """Whether a language model by itself continues a text with a cache as without, from ids and from embeddings."""
+    ids = torch.tensor([[11, 12, 13, 14, 15, 16]])
+    with torch.no_grad():
+        embeddings = language_model.get_input_embeddings()(ids)
+    arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    for inputs in ({"input_ids": ids}, {"inputs_embeds": embeddings}):
+        try:
+            cached, uncached = (
+                language_model.generate(**inputs, **arguments, do_sample=False, use_cache=use_cache)
+                for use_cache in (True, False)
+            )
+        except Exception:  # noqa: BLE001 - however it fails, it does not work
+            return False
+        if not torch.equal(cached, uncached):
+            return False
     return True
 
 

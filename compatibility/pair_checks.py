@@ -40,12 +40,14 @@ LEFT_PADDING_ONLY = "left padding only"
 NO_PADDING = "batch of one only"
 #: Sides on which padding is refused -> mark.
 PADDING = {("left",): RIGHT_PADDING_ONLY, ("right",): LEFT_PADDING_ONLY, ("left", "right"): NO_PADDING}
+NO_CACHE = "no cache"
 NO_CHECKPOINTING = "no gradient checkpointing: {}"
 MARKS = {
     RIGHT_PADDING_ONLY: "the language model by itself gives other results for a left-padded text, so train with right "
     "padding and generate one sample at a time",
     LEFT_PADDING_ONLY: "the language model by itself gives other results for a right-padded text",
     NO_PADDING: "the language model by itself gives other results for any padded text",
+    NO_CACHE: "the language model by itself generates other tokens with its cache than without, so it goes without",
     NO_CHECKPOINTING.format("tower"): "the tower's class in transformers does not support it",
     NO_CHECKPOINTING.format("language model"): "the language model's class in transformers does not support it",
 }
@@ -146,6 +148,8 @@ def _details(composed: ComposedModel) -> dict[str, Any]:
 def _run_checks(composed: ComposedModel, result: PairResult) -> None:
     supporting = composed.checkpointing_parts()
     result.marks += [NO_CHECKPOINTING.format(part) for part in ("tower", "language model") if part not in supporting]
+    if not composed.uses_cache():
+        result.marks.append(NO_CACHE)
     directory = Path(tempfile.mkdtemp(prefix="anyvlm-pair-"))
     checks: dict[str, Callable[[], None]] = {
         "builds": composed.check_forward_is_finite,
