@@ -1,41 +1,40 @@
 """Whether a class of transformers could hold the same pair: found out by building and running it."""
 
 import copy
+import math
 
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
 from .probe import num_channels, synthetic_pictures
 from .small_copies import build_on_meta
+from .weightless_parts import WeightlessPart
 
 
-def describe_llava(
-    tower: PreTrainedModel,
-    language_model: PreTrainedModel,
-    small_tower: PreTrainedModel | None,
-    small_language_model: PreTrainedModel | None,
-    spec: dict,
-) -> str:
+#: Pictures of more tokens than these are not run through another class: it would take longer than all the rest.
+_MAX_TOKENS = 2000
+
+
+def describe_llava(tower: WeightlessPart, language_model: WeightlessPart, spec: dict) -> str:
     """One line on `LlavaForConditionalGeneration` with this tower and this language model.
 
-    It is built on the meta device in full size, then run with small parts: on two pictures, and on a text beside the
-    language model itself.
+    It is built on the meta device in full size, then run with small copies of the parts: on two pictures, and on a text
+    beside the language model itself.
 
     Args:
-        tower: On the meta device.
-        language_model: On the meta device.
-        small_tower: A small copy of it with weights, or `None` if there is none.
-        small_language_model: Likewise.
         spec: The tower's `vision_tower_spec`.
     """
     try:
-        llava = build_on_meta(LlavaForConditionalGeneration, _llava_config(tower, language_model, spec))
+        llava = build_on_meta(LlavaForConditionalGeneration, _llava_config(tower.model, language_model.model, spec))
     except Exception as error:  # noqa: BLE001 - whatever a class of transformers says about parts it does not fit
         return f"no; it cannot be built from these parts: {_first_line(error)}"
-    if type(llava.model.vision_tower) is not type(tower):
+    if type(llava.model.vision_tower) is not type(tower.model):
         return f"no; it would take {type(llava.model.vision_tower).__name__} as its tower"
-    if small_tower is None or small_language_model is None:
-        return "builds; not run here"
+    # Instances are not run in it: it would need a second copy of their weights.
+    small_parts = [None if part.given is not None else part.run for part in (tower, language_model)]
+    if None in small_parts or math.prod(spec["grid"]) > _MAX_TOKENS:
+        return "perhaps; it can be built, and was not run here"
+    small_tower, small_language_model = small_parts
     small = LlavaForConditionalGeneration(_llava_config(small_tower, small_language_model, spec)).eval()
     try:
         sees = _sees_pictures(small, spec)
@@ -48,7 +47,7 @@ def describe_llava(
     except Exception as error:  # noqa: BLE001 - as above
         return f"no; it does not take the language model's weights: {_first_line(error)}"
     if not equal:
-        return f"no; it gives other logits for a text than {type(language_model).__name__}"
+        return f"no; it gives other logits for a text than {type(language_model.model).__name__}"
     beside = spec["num_prefix_tokens"] + spec["num_suffix_tokens"]
     extra = ", with the tower's tokens beside the patches" if beside and not _drops_first(spec) else ""
     return f"yes; built in full size, run with small copies{extra}"
@@ -74,10 +73,11 @@ def _drops_first(spec: dict) -> bool:
 def _sees_pictures(llava: LlavaForConditionalGeneration, spec: dict) -> bool:
     tower = llava.model.vision_tower
     pictures = synthetic_pictures(2, num_channels(tower.config), tuple(spec["image_size"])).to(tower.dtype)
-    num_tokens = sum(len(tokens) for tokens in llava.get_image_features(pictures[:1]).pooler_output)
-    image_token = llava.config.image_token_id
-    ids = torch.tensor([[2, *[image_token] * num_tokens, 3, 4]])
-    first, second = (llava(input_ids=ids, pixel_values=picture[None]).logits[:, -1] for picture in pictures)
+    num_tokens = math.prod(spec["grid"])
+    if not _drops_first(spec):
+        num_tokens += spec["num_prefix_tokens"] + spec["num_suffix_tokens"]
+    ids = torch.tensor([[2, *[llava.config.image_token_id] * num_tokens, 3, 4]] * 2)
+    first, second = llava(input_ids=ids, pixel_values=pictures, logits_to_keep=1).logits
     return bool((first != second).any())
 
 

@@ -87,6 +87,18 @@ _SIZES = {
     "encoder_attention_heads": _HEADS,
 }
 
+#: Those of them that do not show in the shape of what comes out.
+_INNER_SIZES = (
+    "vocab_size",
+    "intermediate_size",
+    "ffn_dim",
+    "decoder_ffn_dim",
+    "encoder_ffn_dim",
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+)
+
 
 def shallow_copy(config: PreTrainedConfig) -> PreTrainedConfig | None:
     """The config with two layers, or as many as show every kind of layer it has. Widths, and so the shape of what comes
@@ -97,18 +109,25 @@ def shallow_copy(config: PreTrainedConfig) -> PreTrainedConfig | None:
     return None if _has_stages(config) else _fewer_layers(config)
 
 
+def thin_copy(config: PreTrainedConfig) -> PreTrainedConfig | None:
+    """As `shallow_copy`, and with small sizes where they do not show from outside: inside MLPs, vocabulary, experts."""
+    small = shallow_copy(config)
+    if small is not None:
+        _set_sizes(small, {name: _SIZES[name] for name in _INNER_SIZES})
+    return small
+
+
 def _fewer_layers(config: PreTrainedConfig) -> PreTrainedConfig | None:
     small = copy.deepcopy(config)
-    depth = next((name for name in _DEPTHS if _is_size(_stated(small, name))), None)
-    if depth is None:
-        return None
-    num_layers = _stated(small, depth)
-    per_layer = _lists_of_length(small, num_layers)
-    kept = min(num_layers, max([2, *(_first_layers_of_every_kind(value) for value in per_layer.values())]))
-    setattr(small, depth, kept)
-    for name, value in per_layer.items():
-        setattr(small, name, value[:kept])
-    return small
+    depths = [name for name in _DEPTHS if _is_size(_stated(small, name))]
+    for name in depths:
+        num_layers = _stated(small, name)
+        per_layer = _lists_of_length(small, num_layers)
+        kept = min(num_layers, max([2, *(_first_layers_of_every_kind(value) for value in per_layer.values())]))
+        setattr(small, name, kept)
+        for key, value in per_layer.items():
+            setattr(small, key, value[:kept])
+    return small if depths else None
 
 
 def tiny_copy(config: PreTrainedConfig) -> PreTrainedConfig | None:
@@ -125,12 +144,7 @@ def tiny_copy(config: PreTrainedConfig) -> PreTrainedConfig | None:
         )
     if _stated(config, "qk_rope_head_dim"):
         sizes["head_dim"] = sizes["qk_rope_head_dim"]  # the width that is rotated, where only a part of a head is
-    for name, size in sizes.items():
-        value = _stated(small, name)
-        if _is_size(value):
-            setattr(small, name, min(size, value))
-        elif isinstance(value, (list, tuple)) and value and all(_is_size(item) for item in value):
-            setattr(small, name, [min(size, item) for item in value])
+    _set_sizes(small, sizes)
     for name, value in list(vars(small).items()):
         if name.endswith("_token_id") and _is_size(value) and value >= _VOCABULARY:
             setattr(small, name, 0)
@@ -165,6 +179,16 @@ def real_copies(
                 model = model_class._from_config(copy.deepcopy(candidate), dtype=torch.float32).eval()
         if model is not None:
             yield model
+
+
+def _set_sizes(config: PreTrainedConfig, sizes: dict[str, int]) -> None:
+    """Make what the config states no larger than `sizes`, lists of one size per layer too."""
+    for name, size in sizes.items():
+        value = _stated(config, name)
+        if _is_size(value):
+            setattr(config, name, min(size, value))
+        elif isinstance(value, (list, tuple)) and value and all(_is_size(item) for item in value):
+            setattr(config, name, [min(size, item) for item in value])
 
 
 def _lists_of_length(config: PreTrainedConfig, length: int) -> dict[str, list | tuple]:
