@@ -156,7 +156,15 @@ def _fit_tokenizer(
         return
     language_model = part.model
     try:
-        tokenizer = copy.deepcopy(load_tokenizer(tokenizer, source, trust_remote_code))
+        try:
+            tokenizer = copy.deepcopy(load_tokenizer(tokenizer, source, trust_remote_code))
+        except (OSError, ValueError) as error:
+            if tokenizer is not None:
+                raise
+            report.notes.append(
+                f"Composing needs tokenizer=…: none could be loaded with the language model ({_first_line(error)})."
+            )
+            return
         normalise_special_tokens(tokenizer, language_model)
         rows = language_model.get_input_embeddings().weight.shape[0]
         needed = len(tokenizer) + (image_token not in tokenizer.get_vocab())
@@ -165,8 +173,12 @@ def _fit_tokenizer(
             language_model.resize_token_embeddings(needed, mean_resizing=False)
         add_image_token(tokenizer, language_model, image_token)
         report.new_embedding_rows = max(0, needed - rows)
-    except (CompositionError, OSError) as error:
+    except (OSError, ValueError) as error:
         report.reasons.append(str(error))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].rstrip(".")
 
 
 def _describe(report: CompatibilityReport, tower, language_model, spec, projector_config: dict, dtype) -> None:

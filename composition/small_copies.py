@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 
-#: Parameters of the largest part that is built for real: some 600 MB in fp32, a second or two.
-MAX_REAL_PARAMETERS = 150_000_000
+#: Parameters of the largest part that is built for real: 1.4 GB in fp32, two or three seconds.
+MAX_REAL_PARAMETERS = 350_000_000
 
 #: Parameters of a part that is run as it is, without a copy.
 _TINY = 5_000_000
@@ -200,10 +200,10 @@ def _lists_of_length(config: PreTrainedConfig, length: int) -> dict[str, list | 
 
 
 def _has_stages(config: PreTrainedConfig) -> bool:
-    """Whether a size differs between the layers that a config counts, as in towers of several stages (swin)."""
+    """Whether the layers that a config counts have sizes of their own, as the stages of a swin have."""
     depths = [_stated(config, name) for name in _DEPTHS]
     lists = [value for depth in depths if _is_size(depth) for value in _lists_of_length(config, depth).values()]
-    return any(all(_is_size(item) for item in value) and len(set(value)) > 1 for value in lists)
+    return any(all(_is_size(item) for item in value) for value in lists)
 
 
 def _stated(config: PreTrainedConfig, name: str):

@@ -130,12 +130,13 @@ def find_config(source: PartSource, trust_remote_code: bool) -> PreTrainedConfig
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except OSError as error:
-        if os.path.exists(name) or os.sep in name:
+        if os.path.exists(name):
             raise
         alike = difflib.get_close_matches(name, CONFIG_MAPPING, n=3)
         nearest = f" (nearest: {', '.join(alike)})" if alike else ""
         raise OSError(
-            f"{name} is no folder here and no model type of transformers{nearest}, and could not be had from the Hub."
+            f"{name} is no folder here and no model type of transformers{nearest}, and could not be had from the Hub: "
+            f"{str(error).splitlines()[0]}"
         ) from error
     config.name_or_path = name
     return config
