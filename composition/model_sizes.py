@@ -20,7 +20,7 @@ TRAINING_SETUPS = {
     "everything": ("vision_tower", "multi_modal_projector", "language_model"),
 }
 
-#: Seconds that running the language model on 3,000 tokens on the meta device may take. Recurrent ones loop over tokens in Python.
+#: Seconds that running the language model on 3,000 tokens on the meta device may take. Recurrent ones loop in Python.
 _MAX_SECONDS = 4.0
 
 
