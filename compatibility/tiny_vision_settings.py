@@ -149,7 +149,7 @@ _EFFICIENTNET = {
     "expand_ratios": [1, 2, 2],
     "depth_coefficient": 1.0,
     "width_coefficient": 1.0,
-    "hidden_dim": 32,
+    "hidden_dim": 1280,
 }
 _MOBILENET = {"depth_multiplier": 0.25, "min_depth": 8, "image_size": 64}
 _HIERA_DETECTION = {

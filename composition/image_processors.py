@@ -53,7 +53,7 @@ def load_image_processor(
     if processor is None:
         return _plain_processor(default_size, _stated_settings(source)), default_size
     processor = copy.deepcopy(processor)
-    if row.from_processor and size is None and _makes_patches(processor, vision_tower, row):
+    if row.from_processor and size is None and _makes_patches(processor, row):
         return processor, default_size
     measured = _output_size(processor)
     if measured is not None and size in (None, measured):
@@ -126,7 +126,7 @@ _PATCH_SETTINGS = {
 _VIEWS = ("slice_mode", "do_image_splitting", "do_pan_and_scan", "crop_to_patches")
 
 
-def _makes_patches(processor: BaseImageProcessor, vision_tower: nn.Module, row: PictureInputs) -> bool:
+def _makes_patches(processor: BaseImageProcessor, row: PictureInputs) -> bool:
     """Whether the processor gives the tower one grid of patches for each picture, as the tower takes them.
 
     Several views of one picture are switched off where the processor has a setting for it.

@@ -13,7 +13,7 @@ def image_grid(vision_tower_spec: dict, height: int, width: int) -> Grid:
     ``vision_tower_spec`` is what the probe measured when the model was composed (see ``composition/probe.py``).
 
     Raises:
-        ValueError: the picture has not the size that was measured; or, where any size will do, it cannot be cut into patches.
+        ValueError: the picture has not the size that was measured, or, where any size will do, no multiple of patches.
     """
     if vision_tower_spec["any_size"]:
         edge = vision_tower_spec["patch"]["size"] * vision_tower_spec["merge_size"]

@@ -375,6 +375,12 @@ class TestDtype:
 
 
 class TestRefusals:
+    def test_a_folder_without_a_tokenizer(self, tmp_path):
+        """transformers makes one of the right class that knows no word; every text would be empty."""
+        AutoModelForCausalLM.from_config(text_config("qwen2")).save_pretrained(tmp_path)
+        with pytest.raises(anyvlm.CompositionError, match="has no tokenizer"):
+            anyvlm.compose(vision=vision_config("dinov2"), text=tmp_path)
+
     def test_tower_that_is_a_language_model(self):
         with pytest.raises(anyvlm.CompositionError, match="language model.*vision tower such as"):
             compose(vision=text_config("llama"))
