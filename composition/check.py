@@ -17,7 +17,7 @@ from .compatibility_report import CompatibilityReport
 from .compatibility_table import table_row
 from .errors import CompositionError
 from .image_processors import load_image_processor
-from .language_model_probe import check_language_model
+from .language_model_probe import probe_language_model
 from .model_sizes import (
     TRAINING_SETUPS,
     describe_part,
@@ -118,7 +118,7 @@ def _examine_language_model(part: WeightlessPart, report: CompatibilityReport, u
 
 
 def _takes_embeddings(language_model: PreTrainedModel) -> bool:
-    check_language_model(language_model)
+    probe_language_model(language_model)
     return True
 
 
@@ -127,7 +127,7 @@ def _examine_tower(
 ) -> dict | None:
     """The tower's `vision_tower_spec`; `None` if it is refused or not known, with the reason in the report."""
     try:
-        _, size = load_image_processor(image_processor, source, part.model.config, image_size, trust_remote_code)
+        _, size = load_image_processor(image_processor, source, part.model, image_size, trust_remote_code)
         report.image_size = size
         spec = part.examine(lambda tower: probe_vision_tower(tower, size))
         _consult_table(part, report, unknown)

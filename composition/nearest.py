@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .compatibility_table import nearest_types
 from .image_processors import _config_size as config_size
-from .language_model_probe import check_language_model
+from .language_model_probe import probe_language_model
 from .probe import probe_vision_tower
 from .small_copies import real_copies, tiny_copy
 
@@ -31,7 +31,7 @@ def nearest_to_language_model(language_model: PreTrainedModel) -> list[str]:
         decoder.is_decoder = True
         for model in real_copies(type(language_model), decoder, [tiny_copy(decoder)]):
             try:
-                check_language_model(model)
+                probe_language_model(model)
             except Exception:  # noqa: BLE001 - refused too, or this form has other needs: then it is no help
                 break
             return [f"text: the same config with is_decoder=True ({type(config).__name__}, tried here)"]
