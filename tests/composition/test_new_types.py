@@ -53,6 +53,7 @@ class EchoConfig(PreTrainedConfig):
     words: int = 90
     wide: int = 32
     stretch: float = 3.0
+    num_hidden_layers: int = 1
     attribute_map = {"vocab_size": "words", "hidden_size": "wide"}
 
 
