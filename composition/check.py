@@ -29,7 +29,7 @@ from .model_sizes import (
     training_bytes,
 )
 from .native_classes import describe_llava, describe_servers
-from .nearest import nearest_size, nearest_to_language_model, nearest_types_to
+from .nearest import nearest_size, nearest_types_to
 from .parts import PartSource, pretrained_name
 from .probe import probe_vision_tower
 from .tokenizers import add_image_token, load_tokenizer, normalise_special_tokens
@@ -99,7 +99,13 @@ def _open(
     kind: str, source: Any, dtype, trust_remote_code: bool, report: CompatibilityReport
 ) -> WeightlessPart | None:
     try:
-        return open_part(kind, source, dtype, trust_remote_code)
+        part = open_part(kind, source, dtype, trust_remote_code)
+        if part.made_causal and pretrained_name(source):
+            report.notes.append(
+                f"{type(part.model).__name__} was trained as an encoder. Composed, it is a causal decoder and must learn "
+                "to write: train the language model, not the projector alone."
+            )
+        return part
     except CompositionError as error:
         config = source.config if isinstance(source, PreTrainedModel) else source
         report.reasons.append(str(error))
@@ -114,7 +120,7 @@ def _examine_language_model(part: WeightlessPart, report: CompatibilityReport, u
         _consult_table(part, report, unknown)
     except CompositionError as error:
         report.reasons.append(str(error))
-        report.nearest += nearest_to_language_model(part.model)
+        report.nearest += nearest_types_to("text", part.model.config.model_type)
 
 
 def _takes_embeddings(language_model: PreTrainedModel) -> bool:
