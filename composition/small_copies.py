@@ -123,7 +123,8 @@ def _fewer_layers(config: PreTrainedConfig) -> PreTrainedConfig | None:
     for name in depths:
         num_layers = _stated(small, name)
         per_layer = _lists_of_length(small, num_layers)
-        kept = min(num_layers, max([2, *(_first_layers_of_every_kind(value) for value in per_layer.values())]))
+        kinds = [_first_layers_of_every_kind(value) for value in per_layer.values()]
+        kept = min(num_layers, max([2, *kinds, *_periods(small)]))
         setattr(small, name, kept)
         for key, value in per_layer.items():
             setattr(small, key, value[:kept])
@@ -181,6 +182,13 @@ def real_copies(
                 model = model_class._from_config(copy.deepcopy(candidate), dtype=torch.float32).eval()
         if model is not None:
             yield model
+
+
+def _periods(config: PreTrainedConfig) -> list[int]:
+    """After how many layers the kinds of layers come again, where a config states that instead of each layer's kind."""
+    return [
+        value for name, value in vars(config).items() if name.endswith(("_period", "_interval")) and _is_size(value)
+    ]
 
 
 def _set_sizes(config: PreTrainedConfig, sizes: dict[str, int]) -> None:
