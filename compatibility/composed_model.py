@@ -320,12 +320,12 @@ class ComposedModel:
         torch.testing.assert_close(as_image, expected, rtol=1e-4, atol=1e-4)
 
 
-@torch.no_grad()
 def _difference(found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor) -> float:
     """Largest difference of the logits of a padded sample `(sequence, vocabulary)` from those of the sample alone."""
     return float((found[mask.bool()] - expected).abs().max())
 
 
+@torch.no_grad()
 def bare_padding_works(language_model: nn.Module, side: str, tolerance: float = 1e-4) -> bool:
     """Whether a language model by itself gives a padded text the logits of the text alone, as ids and as embeddings.
 
