@@ -162,17 +162,21 @@ class ComposedModelTester:
             assert torch.equal(answers[row], self.generate(single)[0]), f"generation, sample {row}"
 
     def _padding_error(self, side: str) -> float:
-        """How far the bare language model's logits for a padded text are from those for the text alone, called as
-        `generate` calls it."""
+        """How far the bare language model's logits for a padded text are from those for the text alone: in a forward
+        pass called as `generate` calls it, and in `generate` itself."""
         bare = self.bare_language_model
-        text = "w1 w2 w3 w4"
-        padded = self.inputs([text, "w1 w2 w3 w4 w5 w6 w7 w8"], [], padding_side=side)
+        single = self.inputs(["w1 w2 w3 w4"], [])
+        padded = self.inputs(["w1 w2 w3 w4", "w1 w2 w3 w4 w5 w6 w7 w8"], [], padding_side=side)
+        arguments = {"max_new_tokens": 3, "min_new_tokens": 3, "return_dict_in_generate": True, "output_logits": True}
+        steps = [bare.generate(**inputs, **arguments, do_sample=False).logits for inputs in (single, padded)]
+        generated = [(alone[0] - together[0]).abs().max() for alone, together in zip(*steps)]
         mask = padded["attention_mask"]
         if "position_ids" in inspect.signature(bare.forward).parameters:
             padded["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
         with torch.no_grad():
             found = bare(**padded).logits[0][mask[0].bool()]
-            return float((found - bare(self.inputs([text], [])["input_ids"]).logits[0]).abs().max())
+            forward = (found - bare(single["input_ids"]).logits[0]).abs().max()
+        return float(max(forward, *generated))
 
     def check_save_and_load(self, directory: Path) -> None:
         """Exact after saving and loading, tied weights still tied, also after the vocabulary was resized."""
@@ -195,9 +199,8 @@ class ComposedModelTester:
         self.model.save_pretrained(directory)
         self.processor.save_pretrained(directory)
         loaded = AutoModelForCausalLM.from_pretrained(directory)
-        for (
-            parameter
-        ) in loaded.parameters():  # weights mapped from a file are not aligned, and kernels then round else
+        # Weights mapped from a file are not aligned, and kernels round otherwise then.
+        for parameter in loaded.parameters():
             parameter.data = parameter.data.clone()
         with torch.no_grad():
             assert torch.equal(loaded(**inputs).logits, self.logits(inputs))
@@ -244,12 +247,13 @@ class ComposedModelTester:
         with torch.no_grad():
             ours = self.model(**inputs, **extra, labels=labels)
             halved = self.model(**inputs, **extra, labels=labels, num_items_in_batch=2 * count)
-            full = self.model.language_model(**inputs, **extra, labels=labels)
+            own = {"labels": labels} if self.model.language_model_interface.spec["own_loss"] else {}
+            full = self.model.language_model(**inputs, **extra, **own)
         expected = torch.nn.functional.cross_entropy(
             full.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100
         )
         torch.testing.assert_close(2 * (ours.loss - halved.loss), expected)  # auxiliary losses do not count
-        if self.model.language_model_interface.spec["own_loss"]:
+        if own:
             torch.testing.assert_close(ours.loss, full.loss)
             assert (ours.loss > expected + 1e-4) == (full.get("aux_loss") is not None)
         else:
