@@ -93,6 +93,9 @@ class AnyVlmModel(PreTrainedModel):
         self.language_model = build_language_model(config.text_config)
         self._check_widths()
         self.language_model_interface = LanguageModelInterface(self.language_model, config.language_model_spec)
+        self.supports_gradient_checkpointing = (
+            self.vision_tower.supports_gradient_checkpointing or self.language_model.supports_gradient_checkpointing
+        )
         # Generation asks the outermost model whether the cache can be rolled back.
         self._is_stateful = self.language_model._is_stateful
         self.post_init()
