@@ -327,7 +327,8 @@ def _difference(found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor)
 
 @torch.no_grad()
 def bare_padding_works(language_model: nn.Module, side: str, tolerance: float = 1e-4) -> bool:
-    """Whether a language model by itself gives a padded text the logits of the text alone, as ids and as embeddings.
+    """Whether a language model by itself gives a padded text the logits of the text alone, as ids and as embeddings,
+    and a left-padded one the same answer.
 
     With positions that do not count padding where the model takes positions: the best that a caller can do.
     """
@@ -355,6 +356,14 @@ def bare_padding_works(language_model: nn.Module, side: str, tolerance: float = 
             alone = torch.tensor([text])
             expected = logits(alone, torch.ones_like(alone), embedded)[0]
             if (together[row][mask[row].bool()] - expected).abs().max() >= tolerance:
+                return False
+    if side == "left":
+        generation = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+        answers = language_model.generate(ids, attention_mask=mask, **generation)[:, -3:]
+        for row, text in enumerate(texts):
+            alone = torch.tensor([text])
+            answer = language_model.generate(alone, attention_mask=torch.ones_like(alone), **generation)[0, -3:]
+            if not torch.equal(answers[row], answer):
                 return False
     return True
 
