@@ -13,6 +13,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from ..configuration.configuration_anyvlm import AnyVlmConfig
 from ..configuration.image_tokens import image_grid
 from .language_models import LanguageModelInterface, default_position_ids, labelled_positions
+from .parts import build_part, restore_computed_tensors, trusted_config
 from .projectors import build_projector
 from .vision_towers import build_vision_tower, call_vision_tower, read_features
 
@@ -83,7 +84,7 @@ class AnyVlmModel(PreTrainedModel):
             )
         self.vision_tower = build_vision_tower(config.vision_config)
         self.multi_modal_projector = build_projector(config.projector_config)
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.language_model = build_part(AutoModelForCausalLM, config.text_config)
         self._check_widths()
         self.language_model_interface = LanguageModelInterface(self.language_model)
         # Generation asks the outermost model whether the cache can be rolled back.
@@ -300,8 +301,10 @@ class AnyVlmModel(PreTrainedModel):
         """As transformers', but a weight that the checkpoint lacks is an error, never a random weight.
 
         Raises:
-            ValueError: the checkpoint lacks weights; the message names them.
+            ValueError: the checkpoint lacks weights; the message names them. Or a part has code of its own, and
+                `trust_remote_code=True` was not passed.
         """
+        kwargs = trusted_config(cls.config_class, pretrained_model_name_or_path, kwargs)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
@@ -312,6 +315,8 @@ class AnyVlmModel(PreTrainedModel):
                 f"{pretrained_model_name_or_path} lacks {len(missing)} weights of the model: {named}. They would be "
                 "random, so nothing is loaded. Save the checkpoint again with save_pretrained, whole."
             )
+        for part in (model.vision_tower, model.language_model):
+            restore_computed_tensors(part)
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -322,8 +327,11 @@ class AnyVlmModel(PreTrainedModel):
 class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
     """The composed model with loss and generation."""
 
-    # Trainer divides by the number of labels in all accumulated batches; the LM's loss takes that number.
-    accepts_loss_kwargs = True
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the LM's loss takes the number of labels in all accumulated batches; if not, Trainer averages them."""
+        interface = self.language_model_interface
+        return interface.takes_any_argument or "num_items_in_batch" in interface.argument_names
 
     @can_return_tuple
     def forward(

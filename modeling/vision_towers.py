@@ -19,10 +19,12 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig
 
+from .parts import build_part
+
 
 def build_vision_tower(vision_config: PreTrainedConfig) -> nn.Module:
     """The bare tower, with random weights."""
-    return AutoModel.from_config(vision_config)
+    return build_part(AutoModel, vision_config)
 
 
 def call_vision_tower(

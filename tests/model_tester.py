@@ -37,6 +37,9 @@ def picture(seed: int, size: tuple[int, int] = (50, 40)) -> Image.Image:
 class ComposedModelTester:
     """A composed model, the bare language model it was made from, and the checks."""
 
+    #: For `from_pretrained`; parts with code of their own need `trust_remote_code`.
+    load_arguments: dict = {}
+
     def __init__(self, vision: str = "clip_vision_model", text: str = "llama", **compose_arguments):
         torch.manual_seed(0)
         language_model = AutoModelForCausalLM.from_config(text_config(text)).eval()
@@ -160,7 +163,7 @@ class ComposedModelTester:
     def _check_round_trip(self, directory: Path, inputs) -> None:
         self.model.save_pretrained(directory)
         self.processor.save_pretrained(directory)
-        loaded = AutoModelForCausalLM.from_pretrained(directory)
+        loaded = AutoModelForCausalLM.from_pretrained(directory, **self.load_arguments)
         with torch.no_grad():
             assert torch.equal(loaded(**inputs).logits, self.logits(inputs))
         assert torch.equal(self.generate(inputs, model=loaded), self.generate(inputs))
