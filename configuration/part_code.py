@@ -37,7 +37,9 @@ class DeferredPartConfig(PreTrainedConfig):
         self.values = values
 
     def to_dict(self) -> dict[str, Any]:
-        return copy.deepcopy(self.values)
+        defaults = super().to_dict()
+        del defaults["values"]
+        return {**defaults, **copy.deepcopy(self.values)}
 
 
 def part_config(key: str, values: dict[str, Any], package: str) -> PreTrainedConfig:

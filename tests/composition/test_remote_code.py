@@ -141,7 +141,7 @@ def train(model, processor, steps: int = 3) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     model.eval()
     assert losses[-1] < losses[0]
 
