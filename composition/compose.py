@@ -21,7 +21,7 @@ from ..processing.processing_anyvlm import AnyVlmProcessor
 from .chat_templates import chat_template_with_images
 from .errors import CompositionError
 from .image_processors import load_image_processor
-from .language_model_probe import check_language_model
+from .language_model_probe import probe_generation, probe_language_model
 from .parts import PartSource, load_language_model, load_vision_tower, pretrained_name, source_name
 from .probe import num_channels, probe_vision_tower, synthetic_pictures
 from .tokenizers import add_image_token, load_tokenizer, normalise_special_tokens
@@ -101,7 +101,7 @@ def compose(
         for part in (vision_tower, language_model):
             _cast(part, dtype)
 
-        check_language_model(language_model)
+        language_model_spec = probe_language_model(language_model)
         normalise_special_tokens(text_tokenizer, language_model)
         image_token_id = add_image_token(text_tokenizer, language_model, image_token)
 
@@ -124,6 +124,7 @@ def compose(
             vision_config=vision_tower.config,
             text_config=language_model.config,
             vision_tower_spec=spec,
+            language_model_spec=language_model_spec,
             projector_config=projector_config,
             fusion=fusion,
             image_token_id=image_token_id,
@@ -134,6 +135,7 @@ def compose(
             dtype=dtype,
         )
         model = _assemble(config, vision_tower, language_model)
+        model.learn_about_language_model(probe_generation(model))
         _match_embedding_scale(model, picture_processor)
 
     processor = AnyVlmProcessor(

@@ -1,67 +1,285 @@
-"""Check that a language model can be given image features, before anything is built around it."""
+"""Find out how a language model is called and what it cannot do, before anything is built around it.
+
+Everything is found by running it on a few tokens, against the model itself: its ids, its whole forward pass, a sample
+alone. What can be told to the composed model is written into `language_model_spec`; the rest is refused.
+"""
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 
-from ..modeling.language_models import LanguageModelInterface
+from ..modeling.language_models import LanguageModelInterface, build_language_model, default_position_ids
 from .errors import CompositionError
 
 
+_NEAREST = "the nearest that works: a decoder such as llama, qwen3 or gpt2."
+
+#: Two lengths, neither a multiple of the other, so that a model that only runs on multiples of a chunk is found.
+_LENGTH = 8
+_PADDING = 3
+
+
 @torch.no_grad()
-def check_language_model(language_model: nn.Module) -> None:
-    """Run the model on eight tokens, and refuse it if it cannot be the text part.
+def probe_language_model(language_model: PreTrainedModel) -> dict:
+    """Run the model on eight tokens, about ten times; returns the `language_model_spec`.
 
     Raises:
-        CompositionError: it sees later tokens (an encoder), it cannot be given embeddings, or embeddings give other
-            logits than the ids they were looked up from.
+        CompositionError: it cannot be run or trained as a causal LM of text, it sees later tokens (an encoder), it
+            cannot be given embeddings, or embeddings give other logits than the ids they were looked up from.
     """
     name = type(language_model).__name__
     interface = LanguageModelInterface(language_model)
     if "inputs_embeds" not in interface.argument_names:
-        raise CompositionError(
-            f"{name} takes no inputs_embeds, so image features cannot reach it. The nearest that works: a decoder such "
-            "as llama, qwen3 or gpt2."
-        )
-    was_training = language_model.training
-    language_model.eval()
-    try:
-        _check(language_model, interface, name)
-    finally:
-        language_model.train(was_training)
+        raise CompositionError(f"{name} takes no inputs_embeds, so image features cannot reach it; {_NEAREST}")
+    with _evaluating(language_model), _refusing(f"{name} cannot be run as a causal language model of text"):
+        probe = _Probe(language_model)
+        if not probe.is_finite():
+            raise CompositionError(f"{name} gives logits that are not finite for plain text. Are its weights loaded?")
+        if probe.sees_later_tokens():
+            raise CompositionError(
+                f"{name} is no causal decoder: each token sees the tokens after it, so it cannot generate text. If its "
+                f"family has a decoder form, pass a config with is_decoder=True; {_NEAREST}"
+            )
+        spec = {"position_offset": probe.position_offset()}
+        spec["embedding_scale"] = probe.embedding_scale(spec)
+        spec |= probe.padding(spec)
+        spec["own_loss"] = probe.loss_is_shifted_cross_entropy(spec)
+    with _refusing(f"{name} cannot be trained on texts of any length"):
+        language_model.train()
+        probe.run(interface, probe.input_ids)
+        language_model.eval()
+    return spec
 
 
-def _check(language_model: nn.Module, interface: LanguageModelInterface, name: str) -> None:
-    embeddings = language_model.get_input_embeddings()
-    device = embeddings.weight.device
-    vocab_size = embeddings.weight.shape[0]
-    input_ids = torch.arange(8, device=device).unsqueeze(0) % vocab_size
-    position_ids = torch.arange(8, device=device).unsqueeze(0)
+@torch.no_grad()
+def probe_generation(model: PreTrainedModel) -> dict:
+    """Decode three tokens with the composed model, with its cache and without; returns `{"use_cache": …}`, and
+    `"left_padding"` where padding spoils generation only.
 
-    def logits(**inputs) -> torch.Tensor:
-        arguments = interface.arguments(position_ids=position_ids, use_cache=False, **inputs)
-        return language_model(**arguments, return_dict=True).logits.float()
+    The oracle is one forward pass over the whole text. The model's vocabulary is what it will be, so a vocabulary
+    that was resized is tried here too.
 
-    from_ids = logits(input_ids=input_ids)
-    if not bool(torch.isfinite(from_ids).all()):
-        raise CompositionError(f"{name} gives logits that are not finite for plain text. Are its weights loaded?")
-    # Equal runs differ by rounding at most (experts see other numbers of tokens); a leak is far above that.
-    tolerance = 32 * torch.finfo(language_model.dtype).eps * float(from_ids.abs().max())
-
-    other_end = input_ids.clone()
-    other_end[:, -1] = (other_end[:, -1] + 1) % vocab_size
-    if float((logits(input_ids=other_end) - from_ids)[:, :-1].abs().max()) > tolerance:
-        raise CompositionError(
-            f"{name} is an encoder: each token sees the tokens after it, so it cannot generate text. If its family has "
-            "a decoder form, pass a config with is_decoder=True; the nearest that works: a decoder such as llama, "
-            "qwen3 or gpt2."
-        )
-    no_image = torch.zeros_like(input_ids, dtype=torch.bool)
-    from_embeddings = logits(
-        inputs_embeds=embeddings(input_ids),
-        **interface.embedding_arguments(language_model, input_ids, no_image, pad_token_id=0),
+    Raises:
+        CompositionError: generation differs from the forward pass even without a cache; or the model that will be
+            built from the config has weights of other shapes than this one.
+    """
+    language_model = model.language_model
+    name = type(language_model).__name__
+    _check_shapes(language_model, name)
+    with _evaluating(model), _refusing(f"{name} cannot generate text inside a composed model"):
+        padded = model.language_model_interface.spec["left_padding"]
+        for use_cache in (True, False):
+            if _decodes(model, use_cache, padded):
+                return {"use_cache": use_cache, "left_padding": padded}
+            if padded and _decodes(model, use_cache, padded=False):
+                return {"use_cache": use_cache, "left_padding": False}
+    raise CompositionError(
+        f"{name} generates by another rule than its forward pass follows (it adds tokens of its own, or predicts another "
+        f"position than the next), so what it learns would not be what it says; {_NEAREST}"
     )
-    if float((from_embeddings - from_ids).abs().max()) > tolerance:
+
+
+def sees_later_tokens(language_model: PreTrainedModel) -> bool:
+    """Whether a change of the last token changes the logits before it, as in an encoder."""
+    with torch.no_grad(), _evaluating(language_model):
+        return _Probe(language_model).sees_later_tokens()
+
+
+class _Probe:
+    """The runs. `input_ids` (1, 8) are words: none of the ids that the config names, which some families treat apart."""
+
+    def __init__(self, language_model: PreTrainedModel):
+        self.language_model = language_model
+        self.embeddings = language_model.get_input_embeddings()
+        self.device = self.embeddings.weight.device
+        words = plain_words(language_model, _LENGTH + 1)
+        self.input_ids, self.other_word = words[:, :-1], words[:, -1]
+        self.plain = LanguageModelInterface(language_model, {"position_offset": None})
+        self.expected = self.run(self.plain, self.input_ids)
+
+    def run(self, interface: LanguageModelInterface, input_ids: torch.Tensor | None = None, **inputs) -> torch.Tensor:
+        """Logits `(1, sequence, vocabulary)` in fp32."""
+        sequence = input_ids if input_ids is not None else inputs["inputs_embeds"]
+        inputs.setdefault("position_ids", torch.arange(sequence.shape[1], device=self.device).unsqueeze(0))
+        arguments = interface.arguments(input_ids=input_ids, use_cache=False, **inputs)
+        return self.language_model(**arguments, return_dict=True).logits.float()
+
+    def is_finite(self) -> bool:
+        return bool(torch.isfinite(self.expected).all())
+
+    def sees_later_tokens(self) -> bool:
+        other_end = self.input_ids.clone()
+        other_end[:, -1] = self.other_word
+        return not close(self.run(self.plain, other_end)[:, :-1], self.expected[:, :-1])
+
+    def position_offset(self) -> int | None:
+        """Roberta-likes count from `pad_token_id + 1`, yet their `generate` counts from 0."""
+        if "position_ids" not in self.plain.argument_names:
+            return None
+        for offset in dict.fromkeys((0, (self.language_model.config.pad_token_id or 0) + 1, 1, 2)):
+            interface = LanguageModelInterface(self.language_model, {"position_offset": offset})
+            if close(self.run(interface, self.input_ids), self.expected):
+                return offset
+        return None
+
+    def embedding_scale(self, spec: dict) -> float:
+        """1, or the factor that the model puts on the embeddings of ids only (falcon_h1).
+
+        Raises:
+            CompositionError: no factor makes embeddings equal to their ids.
+        """
+        embedded = self.embeddings(self.input_ids)
+        if self._embeddings_are_ids(embedded, {**spec, "embedding_scale": 1.0}):
+            return 1.0
+        outputs = self.language_model(input_ids=self.input_ids, output_hidden_states=True, return_dict=True)
+        if outputs.hidden_states and outputs.hidden_states[0].shape == embedded.shape:
+            ratio = float((outputs.hidden_states[0].float() / embedded.float()).nanmedian())
+            # The config states the factor more exactly than a ratio of rounded numbers does.
+            stated = [value for value in self.language_model.config.to_dict().values() if isinstance(value, float)]
+            scale = min([*stated, ratio], key=lambda value: (abs(value - ratio) > 0.01 * abs(ratio), value == ratio))
+            if self._embeddings_are_ids(embedded, {**spec, "embedding_scale": scale}):
+                return scale
         raise CompositionError(
-            f"{name} gives other logits for the embeddings of a text than for its ids, so image features would not "
-            "reach it as text does. It is not supported yet; the nearest that works: llama, qwen3 or gemma3."
+            f"{type(self.language_model).__name__} gives other logits for the embeddings of a text than for its ids, so "
+            f"image features would not reach it as text does; {_NEAREST}"
         )
+
+    def _embeddings_are_ids(self, embedded: torch.Tensor, spec: dict) -> bool:
+        interface = LanguageModelInterface(self.language_model, spec)
+        no_image = torch.zeros_like(self.input_ids, dtype=torch.bool)
+        extra = interface.embedding_arguments(self.language_model, self.input_ids, no_image, pad_token_id=0)
+        return close(self.run(interface, inputs_embeds=embedded, **extra), self.expected)
+
+    def padding(self, spec: dict) -> dict[str, bool]:
+        interface = LanguageModelInterface(self.language_model, spec)
+        filler = self.other_word.expand(1, _PADDING)
+        ones, zeros = torch.ones_like(self.input_ids), torch.zeros_like(filler)
+        found = {}
+        for side in ("left", "right"):
+            pair = (lambda a, b: [b, a]) if side == "left" else (lambda a, b: [a, b])
+            attention_mask = torch.cat(pair(ones, zeros), dim=1)
+            logits = self.run(
+                interface,
+                torch.cat(pair(self.input_ids, filler), dim=1),
+                attention_mask=attention_mask,
+                position_ids=default_position_ids(attention_mask, 0, attention_mask.shape[1], self.device),
+            )
+            found[f"{side}_padding"] = close(logits[attention_mask.bool()], self.expected[0], loose=True)
+        return found
+
+    def loss_is_shifted_cross_entropy(self, spec: dict) -> bool:
+        """Compares what a change of labels does to the loss, so that auxiliary losses do not count."""
+        interface = LanguageModelInterface(self.language_model, spec)
+        labels = [self.input_ids.clone(), self.input_ids.flip(1)]
+        for label in labels:
+            label[:, :3] = -100
+        losses = {"own": [], "expected": []}
+        for label in labels:
+            count = torch.tensor(7, device=self.device)
+            arguments = interface.arguments(
+                input_ids=self.input_ids, labels=label, num_items_in_batch=count, use_cache=False
+            )
+            try:
+                loss = self.language_model(**arguments, return_dict=True).loss
+            except Exception:  # noqa: BLE001 - whatever its loss wants, it is not what a causal LM's loss wants
+                return False
+            if loss is None or loss.numel() != 1:
+                return False
+            losses["own"].append(loss)
+            expected = ForCausalLMLoss(self.expected, label, self.expected.shape[-1], num_items_in_batch=count)
+            losses["expected"].append(expected)
+        change = {key: (first - second).float() for key, (first, second) in losses.items()}
+        eps = torch.finfo(self.language_model.dtype).eps
+        scale = losses["expected"][0].abs()
+        return float((change["own"] - change["expected"]).abs()) <= float(max(32 * eps, 1e-4) * scale)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, loose: bool = False) -> bool:
+    """Equal up to rounding. The root mean square is compared: an error of a rule is far above what rounding does to
+    it. `loose` where sums run over other numbers of terms, as with padding or a cache."""
+    eps = torch.finfo(torch.float32).eps
+    # Numbers that came from bf16 show its steps, whatever dtype they are compared in.
+    if torch.equal(expected.bfloat16().float(), expected.float()):
+        eps = torch.finfo(torch.bfloat16).eps
+    elif torch.equal(expected.half().float(), expected.float()):
+        eps = torch.finfo(torch.float16).eps
+    tolerance = max(16 * eps, 1e-4 if loose else 1e-5)
+    return bool((found - expected).square().mean().sqrt() <= tolerance * expected.square().mean().sqrt())
+
+
+def plain_words(language_model: PreTrainedModel, number: int) -> torch.Tensor:
+    """Ids `(1, number)` from the middle of the vocabulary, without those that the config names."""
+    weight = language_model.get_input_embeddings().weight
+    named = {value for value in language_model.config.to_dict().values() if isinstance(value, int)}
+    middle = weight.shape[0] // 2
+    ids = [index for index in range(middle, min(middle + number + len(named), weight.shape[0])) if index not in named]
+    return torch.tensor([ids[:number]], device=weight.device)
+
+
+def _decodes(model: PreTrainedModel, use_cache: bool, padded: bool) -> bool:
+    """Whether three forced decoding steps give the logits of the whole text, also for a shorter sample beside it."""
+    words = plain_words(model.language_model, _LENGTH)
+    prompt = _LENGTH - 3
+    expected = model(input_ids=words).logits.float()
+    attention_mask = torch.ones(1 + padded, prompt, dtype=torch.long, device=words.device)
+    input_ids = words[:, :prompt].repeat(1 + padded, 1)
+    rows = [(words, expected)]
+    if padded:
+        attention_mask[1, :2] = 0
+        rows.append((words[:, 2:], model(input_ids=words[:, 2:]).logits.float()))
+    forced = words[0].tolist()
+    given, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        steps = model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            max_new_tokens=3,
+            do_sample=False,
+            use_cache=use_cache,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+            prefix_allowed_tokens_fn=lambda _, ids: [forced[len(ids)]],
+        ).logits
+    finally:
+        model.generation_config = given
+    found = torch.stack(steps, dim=1).float()  # (batch, 3, vocabulary)
+    return all(close(found[row], logits[0, -4:-1], loose=True) for row, (_, logits) in enumerate(rows))
+
+
+def _check_shapes(language_model: PreTrainedModel, name: str) -> None:
+    """The model that loading will build from the config must have this one's shapes (moshi's has a row more)."""
+    with torch.device("meta"):
+        rebuilt = build_language_model(language_model.config).state_dict()
+    for key, tensor in language_model.state_dict().items():
+        if key in rebuilt and rebuilt[key].shape != tensor.shape:
+            raise CompositionError(
+                f"{name} cannot be saved with a vocabulary of another size: its config would build {key} with shape "
+                f"{tuple(rebuilt[key].shape)}, but it has {tuple(tensor.shape)}. Pass a tokenizer that has an unused "
+                "token, and its text as image_token=…."
+            )
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextlib.contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Whatever a model raises on a plain text is a reason not to compose it."""
+    try:
+        yield
+    except CompositionError:
+        raise
+    except Exception as error:
+        raise CompositionError(f"{what}: {type(error).__name__}: {error} Choose another; {_NEAREST}") from error

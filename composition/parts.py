@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,18 +11,24 @@ from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
 from ..configuration.part_code import part_config_class
+from ..modeling.language_models import build_language_model, causal_lm_class
 from ..modeling.parts import build_part, own_model_class, restore_computed_tensors
 from .errors import CompositionError
+from .language_model_probe import sees_later_tokens
 from .remote_code import RemoteCode, bundle_remote_code, find_remote_code, is_remote
 
 
@@ -48,14 +55,19 @@ def load_vision_tower(source: PartSource, dtype: torch.dtype | None = None, trus
 
 
 def load_language_model(source: PartSource, dtype: torch.dtype | None = None, trust_remote_code: bool = False):
-    """The whole causal language model. The text part of a composite (a Gemma 3, a LLaVA) is taken out of it.
+    """The whole causal language model.
+
+    The text part of a composite (a Gemma 3, a LLaVA) is taken out of it, and the decoder of an encoder-decoder model.
+    Of a family that has an encoder and a causal form under one config (bert), the causal form is made.
 
     Raises:
         CompositionError: there is no causal language model in it, or its weights are not all there.
     """
     if isinstance(source, PreTrainedModel):
         if isinstance(getattr(source.config, "text_config", None), PreTrainedConfig):
-            return _text_part(source)
+            return _adopt(_text_part(source), AutoModelForCausalLM, "text_config", trust_remote_code)
+        if source.config.is_encoder_decoder:
+            return _decoder_part(source)
         if not source.can_generate():
             if is_remote(type(source)) and source.get_output_embeddings() is not None:
                 raise CompositionError(
@@ -72,38 +84,110 @@ def load_language_model(source: PartSource, dtype: torch.dtype | None = None, tr
         return _load_remote(source, code, AutoModelForCausalLM, "text_config", dtype)
     config = _config_of(source, trust_remote_code)
     text_config = _sub_config(config, "text_config")
-    _check_mapping(
-        text_config, MODEL_FOR_CAUSAL_LM_MAPPING, "causal language model", "a decoder such as llama, qwen3 or gpt2"
-    )
-    if text_config.is_encoder_decoder:
-        raise CompositionError(
-            f"{text_config.model_type!r} is an encoder-decoder model; its decoder alone is not supported yet. Pass a "
-            "decoder such as llama, qwen3 or gpt2."
+    if causal_lm_class(text_config) is None:
+        _check_mapping(
+            text_config, MODEL_FOR_CAUSAL_LM_MAPPING, "causal language model", "a decoder such as llama, qwen3 or gpt2"
         )
-    if text_config is config or isinstance(source, PreTrainedConfig):
-        return _load(AutoModelForCausalLM, source, text_config, dtype, trust_remote_code)
-    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        return _load(AutoModelForCausalLM, source, text_config, dtype, trust_remote_code)
-    return _text_part(_load(AutoModelForImageTextToText, source, config, dtype, trust_remote_code))
+    if isinstance(source, PreTrainedConfig):
+        return _causal_form(lambda config: _build(config, dtype, trust_remote_code), text_config)
+    if text_config is not config and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return _text_part(_load(AutoModelForImageTextToText, source, config, dtype, trust_remote_code))
+    if text_config.is_encoder_decoder:
+        for mapping, auto_class in _ENCODER_DECODERS:
+            if type(text_config) in mapping:
+                return _decoder_part(_load(auto_class, source, text_config, dtype, trust_remote_code))
+    load = lambda config: _load(AutoModelForCausalLM, source, config, dtype, trust_remote_code)  # noqa: E731
+    return _causal_form(load, text_config, pretrained=True)
+
+
+#: Config fields that turn an encoder into a causal decoder where they are false: bert and its kin, xlm.
+_CAUSAL_SWITCHES = ("is_decoder", "causal")
+
+_ENCODER_DECODERS = (
+    (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, AutoModelForSeq2SeqLM),
+    (MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING, AutoModelForSpeechSeq2Seq),
+)
+
+
+def _causal_form(
+    load: Callable[[PreTrainedConfig], PreTrainedModel], config: PreTrainedConfig, pretrained: bool = False
+) -> PreTrainedModel:
+    """What `load` makes of the config; if that is an encoder whose config has a causal form, then that form."""
+    switches = [name for name in _CAUSAL_SWITCHES if getattr(config, name, None) is False]
+    causal_config = copy.deepcopy(config)
+    for name in switches:
+        setattr(causal_config, name, True)
+    try:
+        language_model = load(config)
+        if not switches or not sees_later_tokens(language_model):
+            return language_model
+    except (AssertionError, CompositionError):  # reformer cannot be built without its switch
+        if not switches:
+            raise
+    language_model = load(causal_config)
+    if pretrained:
+        logger.warning(
+            "%s was trained as an encoder, which sees the whole text. Here it is a causal decoder (%s=True) and must "
+            "learn to write: train the language model, not the projector alone.",
+            type(language_model).__name__,
+            switches[0],
+        )
+    return language_model
+
+
+def _build(config: PreTrainedConfig, dtype: torch.dtype | None, trust_remote_code: bool) -> PreTrainedModel:
+    kwargs = {} if dtype is None else {"dtype": dtype}
+    try:
+        return build_language_model(copy.deepcopy(config), trust_remote_code=trust_remote_code, **kwargs)
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CompositionError(
+            f"No causal language model can be built from a config of type {config.model_type!r}: {error} Pass a "
+            "decoder such as llama, qwen3 or gpt2."
+        ) from error
+
+
+def _decoder_part(whole: PreTrainedModel) -> PreTrainedModel:
+    """The decoder of an encoder-decoder model with its head, in the class that transformers has for it alone."""
+    if causal_lm_class(whole.config) is None:
+        raise CompositionError(
+            f"{type(whole).__name__} is an encoder-decoder model, and transformers has no class for its decoder alone. "
+            "Pass a decoder such as llama, qwen3 or gpt2."
+        )
+    language_model = _build(whole.config, whole.dtype, trust_remote_code=False)
+    weights = whole.state_dict()
+    missing = sorted(key for key in language_model.state_dict() if key not in weights)
+    if missing:
+        raise CompositionError(
+            f"{type(whole).__name__} lacks {', '.join(missing[:5])} of {type(language_model).__name__}. Load its decoder "
+            "with AutoModelForCausalLM and pass that."
+        )
+    language_model.load_state_dict({key: weights[key] for key in language_model.state_dict()})
+    language_model.name_or_path = whole.name_or_path
+    logger.warning(
+        "%s was trained to read the output of an encoder, which it does without here: train the language model, not "
+        "the projector alone.",
+        type(language_model).__name__,
+    )
+    return language_model.to(whole.device).eval()
 
 
 def _text_part(composite: PreTrainedModel) -> PreTrainedModel:
     """The causal LM inside a vision-language model: its decoder and its head, put into the causal LM's class."""
     text_config = composite.config.text_config
+    model_class = causal_lm_class(text_config)
     for module in composite.modules():
-        if type(text_config) in MODEL_FOR_CAUSAL_LM_MAPPING and isinstance(
-            module, MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]
-        ):
+        if model_class is not None and isinstance(module, model_class):
             return module
-    decoder_class = MODEL_MAPPING.get(type(text_config), None)
-    decoder = next((m for m in composite.modules() if decoder_class and isinstance(m, decoder_class)), None)
-    if decoder is None or type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    decoder = language_model = None
+    if model_class is not None:
+        with torch.device("meta"):
+            language_model = build_language_model(text_config)
+        decoder = next((m for m in composite.modules() if type(m) is type(language_model.base_model)), None)
+    if decoder is None:
         raise CompositionError(
             f"{type(composite).__name__} does not hold a language model of a type that transformers knows "
             f"({text_config.model_type}). Pass the language model itself."
         )
-    with torch.device("meta"):
-        language_model = AutoModelForCausalLM.from_config(text_config)
     setattr(language_model, language_model.base_model_prefix, decoder)
     language_model.set_output_embeddings(composite.get_output_embeddings())
     left_out = [name for name, parameter in language_model.named_parameters() if parameter.is_meta]

@@ -30,7 +30,8 @@ def load_tokenizer(
 def normalise_special_tokens(tokenizer: PreTrainedTokenizerBase, language_model: nn.Module) -> None:
     """Make tokenizer, model config and generation config name the same bos, eos and pad.
 
-    The tokenizer's word counts; what it lacks is taken from the model's configs. bos may be missing (Qwen has none).
+    The tokenizer's word counts, but the model config keeps a pad token that it has; what the tokenizer lacks is taken
+    from the model's configs. bos may be missing (Qwen has none).
     Without a pad token, eos pads: attention masks and labels mark padding, so an eos in the text stays itself.
 
     Raises:
@@ -51,7 +52,9 @@ def normalise_special_tokens(tokenizer: PreTrainedTokenizerBase, language_model:
         tokenizer.pad_token = tokenizer.eos_token
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         token_id = getattr(tokenizer, name)
-        setattr(config, name, token_id)
+        # Some families take their table of positions from the config's pad token (roberta, xglm): what is there stays.
+        if name != "pad_token_id" or getattr(config, name, None) is None:
+            setattr(config, name, token_id)
         stated = getattr(generation_config, name, None)
         # A generation config may stop at several tokens (eos and end of turn); those stay, and the tokenizer's joins.
         if name == "eos_token_id" and isinstance(stated, (list, tuple)):

@@ -29,6 +29,8 @@ class AnyVlmConfig(PreTrainedConfig):
         text_config: Config of the language model, of any type that `AutoModelForCausalLM` builds.
         vision_tower_spec: What the probe measured about the tower (`composition/probe.py`): how to call it, where its
             patches are, their width and their grid for one picture.
+        language_model_spec: What the probe measured about the language model (`modeling/language_models.py`): what it
+            cannot do (padding, cache) and by which conventions it is called. `None`: the usual ones.
         projector_config: `{"type": …, "in_features": …, "out_features": …, …}`, see `modeling/projectors.py`.
         fusion: How image features reach the language model. `"embed"`: they replace the embeddings of placeholders.
         image_token_id: The one token that holds the place of image features in `input_ids`.
@@ -54,6 +56,7 @@ class AnyVlmConfig(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     vision_tower_spec: dict | None = None
+    language_model_spec: dict | None = None
     projector_config: dict | None = None
     fusion: str = "embed"
     image_token_id: int | None = None

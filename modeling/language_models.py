@@ -1,10 +1,66 @@
-"""What the wrapper must know about a language model to call it with embeddings. Read from its code, never its name."""
+"""What the wrapper must know about a language model to call it with embeddings. Read from its code, never its name.
+
+What only running it can tell was measured when the model was composed (`composition/language_model_probe.py`) and is
+read here from `language_model_spec`:
+
+| key | meaning | default |
+|---|---|---|
+| `position_offset` | what the model counts its first position as; `null`: it makes its positions itself | 0 |
+| `embedding_scale` | factor it puts on the embeddings of ids, and leaves to the caller for `inputs_embeds` | 1 |
+| `left_padding`, `right_padding` | whether padding on that side leaves a sample's logits as they are | true |
+| `use_cache` | whether decoding with its cache gives what a whole forward pass gives | true |
+| `own_loss` | whether its loss is the shifted cross-entropy of causal LMs (with auxiliary losses or without) | true |
+"""
 
 import inspect
 import sys
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from .parts import own_model_class
+
+
+DEFAULT_SPEC = {
+    "position_offset": 0,
+    "embedding_scale": 1.0,
+    "left_padding": True,
+    "right_padding": True,
+    "use_cache": True,
+    "own_loss": True,
+}
+
+
+def causal_lm_class(text_config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The causal LM that is built from this config, or `None`.
+
+    Some families list only their composite config with `AutoModelForCausalLM` (mllama, emu3); the class that takes
+    their text config stands beside the composite's.
+    """
+    if type(text_config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]
+    family = type(text_config).__module__.rpartition(".")[0]
+    for config_class in MODEL_FOR_CAUSAL_LM_MAPPING:
+        if config_class.__module__.rpartition(".")[0] == family:
+            model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+            if model_class.config_class is type(text_config):
+                return model_class
+    return None
+
+
+def build_language_model(text_config: PreTrainedConfig, **kwargs) -> PreTrainedModel:
+    """The whole causal LM, with random weights. `kwargs` as for `AutoModelForCausalLM.from_config`."""
+    own_class = own_model_class(AutoModelForCausalLM, text_config)
+    if own_class is not None:
+        kwargs.pop("trust_remote_code", None)
+        return own_class._from_config(text_config, **kwargs)
+    model_class = None if type(text_config) in MODEL_FOR_CAUSAL_LM_MAPPING else causal_lm_class(text_config)
+    if model_class is None:
+        return AutoModelForCausalLM.from_config(text_config, **kwargs)
+    kwargs.pop("trust_remote_code", None)
+    return model_class._from_config(text_config, **kwargs)
 
 
 class LanguageModelInterface:
@@ -12,25 +68,41 @@ class LanguageModelInterface:
 
     Args:
         language_model: The whole causal LM.
+        spec: What was measured (table above); what it lacks has the default.
     """
 
-    def __init__(self, language_model: nn.Module):
+    def __init__(self, language_model: nn.Module, spec: dict[str, Any] | None = None):
         parameters = inspect.signature(language_model.forward).parameters
+        self.spec = {**DEFAULT_SPEC, **(spec or {})}
         self.argument_names = frozenset(parameters)
         self.takes_any_argument = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         base_parameters = inspect.signature(language_model.base_model.forward).parameters
-        #: gemma3n and gemma4 look up a second embedding per layer from the ids, which `inputs_embeds` do not carry.
-        self.has_per_layer_inputs = "per_layer_inputs" in base_parameters
+        #: gemma3n and gemma4 look up a second embedding per layer from the ids, which `inputs_embeds` do not carry;
+        #: a gemma4 of width 0 has the argument but no such table.
+        self.has_per_layer_inputs = "per_layer_inputs" in base_parameters and bool(
+            language_model.config.hidden_size_per_layer_input
+        )
         self.takes_logits_to_keep = "logits_to_keep" in parameters
         #: transformers >= 5.23 lets each sample keep its own positions; older code keeps the same ones for all.
         self.keeps_logits_per_sample = hasattr(sys.modules[type(language_model).__module__], "slice_logits_to_keep")
 
-    def arguments(self, **kwargs) -> dict:
-        """Those of `kwargs` that are given and that the language model takes.
+    def arguments(
+        self,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs,
+    ) -> dict[str, Any]:
+        """Those of the arguments that are given and that the language model takes, by its own conventions.
 
-        `position_ids` and `token_type_ids` go only where they are named: a model without positions (mamba, bloom) may
-        have a catch-all for other arguments, which must not see them.
+        `position_ids` count from 0 for every model. They and `token_type_ids` go only where they are named: a model
+        without positions (mamba, bloom) may have a catch-all for other arguments, which must not see them.
+        `inputs_embeds` are what the embedding module gives, for every model.
         """
+        offset, scale = self.spec["position_offset"], self.spec["embedding_scale"]
+        if position_ids is not None:
+            kwargs["position_ids"] = None if offset is None else position_ids + offset if offset else position_ids
+        if inputs_embeds is not None:
+            kwargs["inputs_embeds"] = inputs_embeds if scale == 1 else inputs_embeds * scale
         return {
             name: value
             for name, value in kwargs.items()
@@ -40,6 +112,32 @@ class LanguageModelInterface:
                 or (self.takes_any_argument and name not in ("position_ids", "token_type_ids"))
             )
         }
+
+    def check_padding(self, attention_mask: Any, generating: bool = False) -> None:
+        """Refuse padding that would change a sample's numbers; the bare language model has the same limit.
+
+        Raises:
+            ValueError: padding on a side that the language model cannot take; any padding while `generating` with a
+                model that cannot take it on the left.
+        """
+        sides = [side for side in ("left", "right") if not self.spec[f"{side}_padding"]]
+        if not sides or not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+            return
+        if generating and "left" in sides and not bool(attention_mask.all()):
+            raise ValueError(
+                "This language model gives other results for padded text than for the text alone, so samples of "
+                "different lengths cannot be generated in one batch. Generate one sample at a time."
+            )
+        for side in sides:
+            if not bool(attention_mask[:, 0 if side == "left" else -1].all()):
+                other = "right" if side == "left" else "left"
+                advice = (
+                    f"pass padding_side={other!r}" if self.spec[f"{other}_padding"] else "use batches of one sample"
+                )
+                raise ValueError(
+                    f"This language model gives other results for text padded on the {side} than for the text alone; "
+                    f"{advice}."
+                )
 
     def embedding_arguments(
         self, language_model: nn.Module, input_ids: torch.Tensor | None, image_mask: torch.Tensor, pad_token_id: int

@@ -5,15 +5,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
 from ..configuration.configuration_anyvlm import AnyVlmConfig
 from ..configuration.image_tokens import image_grid
-from .language_models import LanguageModelInterface, default_position_ids, labelled_positions
-from .parts import build_part, restore_computed_tensors, trusted_config
+from .language_models import (
+    LanguageModelInterface,
+    build_language_model,
+    default_position_ids,
+    labelled_positions,
+)
+from .parts import restore_computed_tensors, trusted_config
 from .projectors import build_projector
 from .vision_towers import build_vision_tower, call_vision_tower, read_features
 
@@ -84,9 +89,9 @@ class AnyVlmModel(PreTrainedModel):
             )
         self.vision_tower = build_vision_tower(config.vision_config)
         self.multi_modal_projector = build_projector(config.projector_config)
-        self.language_model = build_part(AutoModelForCausalLM, config.text_config)
+        self.language_model = build_language_model(config.text_config)
         self._check_widths()
-        self.language_model_interface = LanguageModelInterface(self.language_model)
+        self.language_model_interface = LanguageModelInterface(self.language_model, config.language_model_spec)
         # Generation asks the outermost model whether the cache can be rolled back.
         self._is_stateful = self.language_model._is_stateful
         self.post_init()
@@ -147,6 +152,11 @@ class AnyVlmModel(PreTrainedModel):
 
     def disable_input_require_grads(self) -> None:
         self.language_model.disable_input_require_grads()
+
+    def learn_about_language_model(self, learnt: dict[str, Any]) -> None:
+        """Add to what is known about the language model (`language_model_spec`), here and in the config."""
+        self.config.language_model_spec = {**(self.config.language_model_spec or {}), **learnt}
+        self.language_model_interface = LanguageModelInterface(self.language_model, self.config.language_model_spec)
 
     # Pictures.
 
@@ -251,6 +261,7 @@ class AnyVlmModel(PreTrainedModel):
                 "The text has image tokens, but no pixel_values came with it. Pass what the processor returned whole: "
                 "model(**inputs), model.generate(**inputs)."
             )
+        self.language_model_interface.check_padding(attention_mask)
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = default_position_ids(attention_mask, past_length, sequence_length, sequence.device)
@@ -327,11 +338,8 @@ class AnyVlmModel(PreTrainedModel):
 class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
     """The composed model with loss and generation."""
 
-    @property
-    def accepts_loss_kwargs(self) -> bool:
-        """Whether the LM's loss takes the number of labels in all accumulated batches; if not, Trainer averages them."""
-        interface = self.language_model_interface
-        return interface.takes_any_argument or "num_items_in_batch" in interface.argument_names
+    # Trainer divides by the number of labels in all accumulated batches; the LM's loss takes that number.
+    accepts_loss_kwargs = True
 
     @can_return_tuple
     def forward(
@@ -366,8 +374,11 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
         Raises:
             ValueError: placeholders and pictures do not agree; nothing is supervised.
         """
-        if labels is not None and logits_to_keep is None and self.language_model_interface.takes_logits_to_keep:
-            logits_to_keep, labels = labelled_positions(labels, self.language_model_interface.keeps_logits_per_sample)
+        interface = self.language_model_interface
+        if labels is not None and logits_to_keep is None and interface.takes_logits_to_keep:
+            logits_to_keep, labels = labelled_positions(labels, interface.keeps_logits_per_sample)
+        own_loss = interface.spec["own_loss"]
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         arguments, image_tokens = self._language_model_inputs(
             input_ids,
             inputs_embeds,
@@ -376,14 +387,21 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
             position_ids,
             past_key_values,
             mm_encoder_outputs,
-            labels=labels,
+            labels=labels if own_loss else None,
+            num_items_in_batch=num_items_in_batch if own_loss else None,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
         outputs = self.language_model(**arguments, return_dict=True)
         known = {field.name: outputs.get(field.name) for field in fields(AnyVlmCausalLMOutput)}
-        result = AnyVlmCausalLMOutput(**{**known, "image_hidden_states": image_tokens})
+        known["image_hidden_states"] = image_tokens
+        if labels is not None and not own_loss:
+            # Decoders of encoder-decoder models expect labels that are shifted already, and no count of them.
+            known["loss"] = self.loss_function(
+                outputs.logits, labels, outputs.logits.shape[-1], num_items_in_batch=num_items_in_batch
+            )
+        result = AnyVlmCausalLMOutput(**known)
         for name in outputs.keys() - known.keys():
             result[name] = outputs[name]
         return result
@@ -427,6 +445,10 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
         **kwargs,
     ):
         """As transformers' `generate`; the image token is never generated."""
+        interface = self.language_model_interface
+        interface.check_padding(kwargs.get("attention_mask"), generating=True)
+        if not interface.spec["use_cache"]:
+            kwargs["use_cache"] = False
         processors = LogitsProcessorList(logits_processor or [])
         if self.config.image_token_id is not None:
             processors.append(ImageTokenSuppressor(self.config.image_token_id))

@@ -63,15 +63,16 @@ class RemotePartTester(ComposedModelTester):
             self.model.multi_modal_projector.output_layer.weight.mul_(3)
 
     def check_loss_is_the_language_models_own(self) -> None:
-        """Code of the old kind knows neither `logits_to_keep` nor `num_items_in_batch`, so all logits are computed."""
+        """Code of the old kind knows no `logits_to_keep`, so all logits are computed, and no `num_items_in_batch`."""
         inputs = self.inputs(["w1 w2 w3 w4 w5 w6", "w7 w8 w9"], [], padding_side="right")
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        count = int((labels[:, 1:] != -100).sum())
         with torch.no_grad():
-            ours = self.model(**inputs, labels=labels, num_items_in_batch=3)
-            expected = self.model.language_model(**inputs, labels=labels)  # the vocabulary has one token more
+            ours = self.model(**inputs, labels=labels)
+            halved = self.model(**inputs, labels=labels, num_items_in_batch=torch.tensor(2 * count))
+            expected = self.model.language_model(**inputs, labels=labels)
         torch.testing.assert_close(ours.loss, expected.loss)
-        # So Trainer must average accumulated batches itself.
-        assert not self.model.accepts_loss_kwargs
+        torch.testing.assert_close(halved.loss, expected.loss / 2)
 
 
 @pytest.fixture(scope="module", params=LANGUAGE_MODELS)

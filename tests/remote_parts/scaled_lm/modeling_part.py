@@ -154,6 +154,7 @@ class ScaledModel(ScaledPreTrainedModel):
         mask = torch.zeros(allowed.shape, dtype=inputs_embeds.dtype, device=inputs_embeds.device)
         mask = mask.masked_fill(~allowed, torch.finfo(inputs_embeds.dtype).min)
         hidden_states = inputs_embeds
+        all_hidden_states = (hidden_states,)
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
                 hidden_states = self._gradient_checkpointing_func(
@@ -161,7 +162,12 @@ class ScaledModel(ScaledPreTrainedModel):
                 )
             else:
                 hidden_states = layer(hidden_states, mask, position_ids, past_key_values)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+            all_hidden_states += (hidden_states,)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            hidden_states=all_hidden_states if output_hidden_states else None,
+        )
 
 
 class ScaledForCausalLM(ScaledPreTrainedModel, GenerationMixin):
@@ -205,10 +211,13 @@ class ScaledForCausalLM(ScaledPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
         )
         logits = self.lm_head(outputs[0] / (self.config.hidden_size / self.config.dim_model_base)).float()
         loss = None
         if labels is not None:
             shift_logits = logits[..., :-1, :].contiguous().view(-1, logits.shape[-1])
             loss = nn.CrossEntropyLoss()(shift_logits, labels[..., 1:].contiguous().view(-1))
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
