@@ -120,7 +120,9 @@ class _Probe:
         """Roberta-likes count from `pad_token_id + 1`, yet their `generate` counts from 0."""
         if "position_ids" not in self.plain.argument_names:
             return None
-        for offset in dict.fromkeys((0, (self.language_model.config.pad_token_id or 0) + 1, 1, 2)):
+        # Config classes that are code of a checkpoint may not have every common field.
+        pad_token_id = getattr(self.language_model.config, "pad_token_id", None) or 0
+        for offset in dict.fromkeys((0, pad_token_id + 1, 1, 2)):
             interface = LanguageModelInterface(self.language_model, {"position_offset": offset})
             if close(self.run(interface, self.input_ids), self.expected):
                 return offset
@@ -139,7 +141,8 @@ class _Probe:
         if outputs.hidden_states and outputs.hidden_states[0].shape == embedded.shape:
             ratio = float((outputs.hidden_states[0].float() / embedded.float()).nanmedian())
             # The config states the factor more exactly than a ratio of rounded numbers does.
-            stated = [value for value in self.language_model.config.to_dict().values() if isinstance(value, float)]
+            values = self.language_model.config.to_dict().values()
+            stated = [float(value) for value in values if isinstance(value, (int, float))]
             scale = min([*stated, ratio], key=lambda value: (abs(value - ratio) > 0.01 * abs(ratio), value == ratio))
             if self._embeddings_are_ids(embedded, {**spec, "embedding_scale": scale}):
                 return scale
