@@ -1,6 +1,8 @@
 """Build and load parts, with those whose classes are in the checkpoint itself (`configuration/part_code.py`)."""
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -59,35 +61,37 @@ def trusted_config(config_class: type[AnyVlmConfig], source: str, kwargs: dict[s
 def restore_computed_tensors(part: nn.Module) -> list[str]:
     """Give a part with code of its own what its `__init__` computes and no checkpoint holds, such as rotary frequencies.
 
-    transformers 5 builds on the meta device and leaves such buffers uninitialised, unless `_init_weights` fills them,
-    which code older than that does not. They are computed once more, with the weights on the meta device.
+    transformers 5 builds on the meta device. It leaves such buffers uninitialised, unless `_init_weights` fills them,
+    which code older than that does not, and tensors that are plain attributes without values. They are computed once
+    more, with the weights on the meta device.
 
     Returns:
         Names of the tensors that were different.
     """
     if getattr(part.config, "part_code", None) is None:
         return []
-    with _EmptyOnMeta(), torch.random.fork_rng(devices=[]):
-        fresh = type(part)._from_config(copy.deepcopy(part.config))
+    computed = _compute(part, _EmptyOnMeta())
+    if any(value.is_meta for value in computed.values()):  # allocated as weights are, and filled afterwards
+        computed = _compute(part, contextlib.nullcontext())
     changed = []
-    computed = dict(_computed_tensors(fresh))
     for name, tensor in _computed_tensors(part):
         value = computed.get(name)
-        if value is None or value.is_meta or tensor.is_meta:
-            if tensor.is_meta or (value is not None and value.is_meta):
-                raise ValueError(
-                    f"{type(part).__name__} computes {name} in a way that cannot be repeated when it is loaded, so its "
-                    "results would be wrong. Make it a persistent buffer in the part's code."
-                )
+        if value is None:  # made later than in `__init__`
             continue
-        if value.shape != tensor.shape or not torch.equal(value.to(tensor), tensor):
+        if tensor.is_meta or value.shape != tensor.shape or not torch.equal(value.to(tensor), tensor):
             changed.append(name)
             owner, _, attribute = name.rpartition(".")
-            setattr(part.get_submodule(owner), attribute, value.to(tensor.device))
+            device = part.device if tensor.is_meta else tensor.device
+            setattr(part.get_submodule(owner), attribute, value.to(device))
     return changed
 
 
-def _computed_tensors(module: nn.Module):
+def _compute(part: nn.Module, mode: contextlib.AbstractContextManager) -> dict[str, torch.Tensor]:
+    with mode, torch.random.fork_rng(devices=[]):
+        return dict(_computed_tensors(type(part)._from_config(copy.deepcopy(part.config))))
+
+
+def _computed_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and value of every buffer that is not saved, and of every plain tensor attribute."""
     for prefix, child in module.named_modules():
         names = [
@@ -95,8 +99,7 @@ def _computed_tensors(module: nn.Module):
             *(k for k, v in vars(child).items() if isinstance(v, torch.Tensor)),
         ]
         for name in names:
-            value = getattr(child, name)
-            if value is not None:
+            if (value := getattr(child, name)) is not None:
                 yield f"{prefix}.{name}" if prefix else name, value
 
 

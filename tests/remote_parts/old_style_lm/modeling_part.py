@@ -1,5 +1,5 @@
-"""A made-up language model in the style of Qwen-7B's code: `transformer.wte`, rotary frequencies and a table of log n in
-buffers that no checkpoint holds, one projection for query, key and value, arguments of the old kind."""
+"""A made-up language model in the style of Qwen-7B's code: `transformer.wte`, rotary frequencies in a buffer and a table
+of log n in an attribute, which no checkpoint holds, one projection for query, key and value, arguments of the old kind."""
 
 import math
 
@@ -42,7 +42,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.use_logn_attn = config.use_logn_attn
         logn = [math.log(i, 8) if i > 8 else 1 for i in range(1, config.seq_length + 1)]
-        self.register_buffer("logn_tensor", torch.tensor(logn)[None, None, :, None], persistent=False)
+        self.logn_tensor = torch.tensor(logn)
 
     def forward(self, hidden_states, rotary, position_ids, mask, layer_past):
         batch, length, width = hidden_states.shape
@@ -52,7 +52,7 @@ class Attention(nn.Module):
         )
         query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
         if self.use_logn_attn:
-            query = query * self.logn_tensor[0, 0, :, 0][position_ids][:, None, :, None].to(query.dtype)
+            query = query * self.logn_tensor.to(query.device)[position_ids][:, None, :, None].to(query.dtype)
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_number)
         weights = (query @ key.transpose(2, 3)) / math.sqrt(key.shape[-1])

@@ -23,7 +23,9 @@ class MadeUpTower(PreTrainedModel):
         places = torch.arange((config.image_size // config.patch) ** 2 + 1).float()
         frequencies = 1 / 100 ** (torch.arange(config.width // 2).float() / config.width)
         angles = places[:, None] * frequencies
-        self.register_buffer("positions", torch.cat((angles.sin(), angles.cos()), dim=-1), persistent=False)
+        positions = torch.empty(len(places), config.width)
+        positions[:, 0::2], positions[:, 1::2] = angles.sin(), angles.cos()
+        self.register_buffer("positions", positions, persistent=False)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
         self.post_init()
 
