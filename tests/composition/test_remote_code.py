@@ -24,7 +24,7 @@ from remote_checkpoints import (
 )
 from test_checkpoint import check_three_generations, load_in_fresh_process, save_with_answers
 from tiny_parts import text_config, tiny_tokenizer, vision_config
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import anyvlm
@@ -189,6 +189,36 @@ class TestCheckpoint:
         assert set(result["differences"].values()) == {0.0}
         for name in code_names(tmp_path / "one"):
             assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+    def test_trainer_checkpoints_carry_the_code(self, tmp_path, sources):
+        model, processor = compose_remote(sources, "old_style_lm")
+        before = model.language_model.transformer.wte.weight.detach().clone()
+        content = [{"type": "image"}, {"type": "text", "text": "w1 w2"}]
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "w3 w4"}]
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                tmp_path / "runs",
+                max_steps=2,
+                per_device_train_batch_size=1,
+                gradient_accumulation_steps=2,
+                save_steps=2,
+                remove_unused_columns=False,
+                report_to=[],
+                use_cpu=True,
+                disable_tqdm=True,
+            ),
+            train_dataset=[{"messages": messages, "images": [picture(seed)]} for seed in range(4)],
+            data_collator=anyvlm.AnyVlmDataCollator(processor),
+            processing_class=processor,
+        )
+        trainer.train()
+        assert not torch.equal(model.language_model.transformer.wte.weight, before)
+        checkpoint = tmp_path / "runs" / "checkpoint-2"
+        answers = save_with_answers(model.eval(), processor, tmp_path / "saved")
+        result = load_in_fresh_process(checkpoint, answers, tmp_path / "copy")
+        assert set(result["differences"].values()) == {0.0}
+        assert code_names(checkpoint) == code_names(tmp_path / "saved") == code_names(tmp_path / "copy")
 
     def test_files_of_the_parts_do_not_collide(self, tmp_path, sources):
         model, _ = compose_remote(sources, "old_style_lm")
