@@ -9,6 +9,8 @@ from transformers import (
     AutoProcessor,
 )
 
+from .composition.check import check
+from .composition.compatibility_report import CompatibilityReport
 from .composition.compose import compose
 from .composition.errors import CompositionError
 from .configuration.configuration_anyvlm import CODE_VERSION as __version__
@@ -30,7 +32,9 @@ __all__ = [
     "AnyVlmForConditionalGeneration",
     "AnyVlmModel",
     "AnyVlmProcessor",
+    "CompatibilityReport",
     "CompositionError",
     "__version__",
+    "check",
     "compose",
 ]

@@ -1,6 +1,7 @@
 """Join a vision tower and a language model."""
 
 import contextlib
+import copy
 import logging
 import os
 from collections.abc import Sequence
@@ -9,21 +10,20 @@ import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..configuration.configuration_anyvlm import FUSIONS, AnyVlmConfig
 from ..configuration.image_tokens import num_image_tokens
 from ..modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
 from ..modeling.projectors import build_projector
-from ..modeling.vision_towers import call_vision_tower, read_features
 from ..processing.processing_anyvlm import AnyVlmProcessor
 from .chat_templates import chat_template_with_images
 from .errors import CompositionError
 from .image_processors import load_image_processor
 from .language_model_probe import probe_generation, probe_language_model
 from .parts import PartSource, load_language_model, load_vision_tower, pretrained_name, source_name
-from .probe import num_channels, probe_vision_tower, synthetic_pictures
+from .probe import probe_features, probe_vision_tower
 from .tokenizers import add_image_token, load_tokenizer, normalise_special_tokens
 
 
@@ -106,9 +106,10 @@ def compose(
         image_token_id = add_image_token(text_tokenizer, language_model, image_token)
 
         picture_processor, size = load_image_processor(
-            image_processor, vision, vision_tower.config, image_size, trust_remote_code
+            image_processor, vision, vision_tower, image_size, trust_remote_code
         )
         spec = probe_vision_tower(vision_tower, size, layer, vision_feature_select_strategy)
+        features = probe_features(vision_tower, spec, layer, is_trained=not isinstance(vision, PreTrainedConfig))
 
         _check_context(language_model, spec)
         embedding_width = _embedding_width(language_model)
@@ -121,8 +122,9 @@ def compose(
             part.config.dtype = dtype
             part.config.name_or_path = ""
         config = AnyVlmConfig(
-            vision_config=vision_tower.config,
-            text_config=language_model.config,
+            # Copies: a composite config unsets the attention implementation of its sub-configs, which the parts read.
+            vision_config=copy.deepcopy(vision_tower.config),
+            text_config=copy.deepcopy(language_model.config),
             vision_tower_spec=spec,
             language_model_spec=language_model_spec,
             projector_config=projector_config,
@@ -136,7 +138,7 @@ def compose(
         )
         model = _assemble(config, vision_tower, language_model)
         model.learn_about_language_model(probe_generation(model))
-        _match_embedding_scale(model, picture_processor)
+        _match_embedding_scale(model, features)
 
     processor = AnyVlmProcessor(
         image_processor=picture_processor,
@@ -153,8 +155,8 @@ def _assemble(config: AnyVlmConfig, vision_tower: nn.Module, language_model: nn.
     """The model around the parts as they are, without a second copy of their weights."""
     with torch.device("meta"):
         model = AnyVlmForConditionalGeneration(config)
-    model.vision_tower = vision_tower
-    model.language_model = language_model
+    model.vision_tower, model.config.vision_config = vision_tower, vision_tower.config
+    model.language_model, model.config.text_config = language_model, language_model.config
     projector = build_projector(config.projector_config)
     for module in projector.modules():
         model._init_weights(module)
@@ -163,28 +165,18 @@ def _assemble(config: AnyVlmConfig, vision_tower: nn.Module, language_model: nn.
     return model
 
 
-def _match_embedding_scale(model: AnyVlmForConditionalGeneration, image_processor: BaseImageProcessor) -> None:
+def _match_embedding_scale(model: AnyVlmForConditionalGeneration, features: torch.Tensor) -> None:
     """Scale the projector's output layer so that image tokens start with the RMS of the text's embeddings.
 
     Far larger or smaller tokens than a language model ever saw are a common cause of NaN after a swap.
+
+    Args:
+        features: Of some pictures, `(num_pictures, num_features, hidden_size)`, fp32.
     """
-    spec = model.config.vision_tower_spec
-    tower = model.vision_tower
-    pictures = synthetic_pictures(4, num_channels(tower.config), tuple(spec["image_size"]))
-    device = next(tower.parameters()).device
-    tower.eval()
-    raw_features = call_vision_tower(
-        tower, pictures.to(device, tower.dtype), model.config.vision_feature_layer, spec["call_kwargs"]
-    )
-    features = read_features(raw_features, spec).float()
-    if not bool(torch.isfinite(features).all()):
-        raise CompositionError(
-            f"{type(tower).__name__} gives features that are not finite. Are its weights loaded, and does {tower.dtype} "
-            "hold their values?"
-        )
     projector = model.multi_modal_projector
     dtype = projector.output_layer.weight.dtype
-    tokens, _ = projector.float()(features.to(projector.output_layer.weight.device), tuple(spec["grid"]))
+    features = features.to(projector.output_layer.weight.device)
+    tokens, _ = projector.float()(features, tuple(model.config.vision_tower_spec["grid"]))
     scale = embedding_rms(model.language_model) / tokens.square().mean().sqrt().clamp(min=1e-12)
     projector.output_layer.weight.mul_(scale)
     projector.to(dtype)

@@ -1,4 +1,4 @@
-"""Give the tower an image processor that makes pictures of one size."""
+"""Give the tower an image processor: its own patches where it takes them, else pictures of one size."""
 
 import copy
 import logging
@@ -6,12 +6,19 @@ import os
 from typing import Any
 
 import numpy as np
+import transformers
 from PIL import Image
+from torch import nn
 from transformers import AutoImageProcessor, PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.models.auto.configuration_auto import model_type_to_module_name
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.utils import is_torchvision_available
 
+from ..modeling.picture_inputs import PICTURE_INPUTS, PictureInputs
 from .errors import CompositionError
 from .parts import PartSource, pretrained_name
+from .probe import patch_edge, picture_inputs
 
 
 logger = logging.getLogger(__name__)
@@ -20,32 +27,44 @@ logger = logging.getLogger(__name__)
 def load_image_processor(
     image_processor: BaseImageProcessor | str | None,
     vision: PartSource,
-    vision_config: PreTrainedConfig,
+    vision_tower: nn.Module,
     image_size: int | tuple[int, int] | None,
     trust_remote_code: bool,
 ) -> tuple[BaseImageProcessor, tuple[int, int]]:
     """The image processor given, the tower's own, or a plain one; and the size `(height, width)` it makes.
 
-    A processor that keeps a picture's proportions is set to resize to one size, since every picture must take the same
-    number of tokens. `image_size` overrides the size.
+    A tower that takes patches keeps a processor that makes them, and with it the pictures' own sizes and proportions;
+    then the size is an example. For other towers every picture must take the same number of tokens, so a processor
+    that keeps a picture's proportions is set to resize to one size. `image_size` sets one size for any tower.
 
     Raises:
         CompositionError: the processor cannot be brought to one size.
     """
+    config = vision_tower.config
+    row = PICTURE_INPUTS[picture_inputs(vision_tower)]
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     processor = image_processor if isinstance(image_processor, BaseImageProcessor) else None
     source = image_processor if isinstance(image_processor, (str, os.PathLike)) else pretrained_name(vision)
     if processor is None and source is not None:
         processor = _load(source, required=image_processor is not None, trust_remote_code=trust_remote_code)
+    if processor is None and size is None and row.from_processor:
+        processor = _family_processor(config)
+    default_size = size or _default_size(config, row)
     if processor is None:
-        return _plain_processor(size or _config_size(vision_config) or (224, 224))
+        return _plain_processor(default_size, _stated_settings(source)), default_size
     processor = copy.deepcopy(processor)
+    if row.from_processor and size is None and _makes_patches(processor, row):
+        return processor, default_size
     measured = _output_size(processor)
     if measured is not None and size in (None, measured):
         return processor, measured
-    wanted = size or _config_size(vision_config) or _processor_size(processor) or (224, 224)
+    wanted = size or _config_size(config) or _processor_size(processor) or default_size
     _fix_size(processor, wanted)
     measured = _output_size(processor)
+    if measured != wanted and image_processor is None:
+        # The tower's own makes patches or clips; a plain one with its colours makes pictures, which the model takes too.
+        processor = _plain_processor(wanted, _colours(processor))
+        measured = wanted
     if measured != wanted:
         raise CompositionError(
             f"{type(processor).__name__} cannot be set to make pictures of {wanted[0]}x{wanted[1]} pixels. Pass "
@@ -68,19 +87,96 @@ def _load(source: str, required: bool, trust_remote_code: bool) -> BaseImageProc
         if required:
             raise
         logger.warning(
-            "No image processor could be loaded with the vision tower (%s). A plain one is used: resize, scale to "
-            "0-1, normalise with mean and deviation 0.5. If the tower was trained with another, pass image_processor=….",
-            str(error).splitlines()[0],
+            "No image processor could be loaded with the vision tower (%s). A plain one is used: resize, scale to 0-1, "
+            "normalise with the mean and deviation that its files state, or else 0.5. If the tower was trained with "
+            "another, pass image_processor=….",
+            str(error).strip().splitlines()[0],
         )
         return None
 
 
-def _plain_processor(size: tuple[int, int]) -> tuple[BaseImageProcessor, tuple[int, int]]:
+def _family_processor(config: PreTrainedConfig) -> BaseImageProcessor | None:
+    """The image processor that transformers lists for the model family a tower's config belongs to, with the tower's
+    patch sizes; `None` if there is none that works without torchvision where that is not installed."""
+    package = type(config).__module__.split(".")[-2]
+    backend = "torchvision" if is_torchvision_available() else "pil"
+    for model_type, names in IMAGE_PROCESSOR_MAPPING_NAMES.items():
+        name = names.get(backend) if isinstance(names, dict) else None
+        if model_type_to_module_name(model_type) != package or name is None:
+            continue
+        processor_class = getattr(transformers, name)
+        stated = {
+            key: getattr(config, other)
+            for key, other in _PATCH_SETTINGS.items()
+            if isinstance(getattr(config, other, None), int) and hasattr(processor_class, key)
+        }
+        return processor_class(**stated)
+    return None
+
+
+#: Name in image processors -> name in configs of towers.
+_PATCH_SETTINGS = {
+    "patch_size": "patch_size",
+    "temporal_patch_size": "temporal_patch_size",
+    "merge_size": "spatial_merge_size",
+    "pooling_kernel_size": "pooling_kernel_size",
+}
+
+#: Settings of image processors by which they make several views of one picture.
+_VIEWS = ("slice_mode", "do_image_splitting", "do_pan_and_scan", "crop_to_patches")
+
+
+def _makes_patches(processor: BaseImageProcessor, row: PictureInputs) -> bool:
+    """Whether the processor gives the tower one grid of patches for each picture, as the tower takes them.
+
+    Several views of one picture are switched off where the processor has a setting for it.
+    """
+    for key in _VIEWS:
+        if getattr(processor, key, False):
+            setattr(processor, key, False)
+    pictures = [Image.fromarray(np.zeros((size, 96, 3), dtype=np.uint8)) for size in (64, 160)]
+    try:
+        outputs = processor(pictures, return_tensors="pt")
+    except Exception as error:  # noqa: BLE001 - whatever fails there, another processor is looked for
+        logger.warning("%s does not take a plain picture (%s).", type(processor).__name__, error)
+        return False
+    keys = row.from_processor.values()
+    return all(key in outputs for key in keys) and all(
+        len(outputs[key]) == len(pictures) for key in keys if key != "pixel_values"
+    )
+
+
+def _stated_settings(source: str | os.PathLike | None) -> dict:
+    """Mean and deviation of the colours as the files of a processor that cannot be loaded here state them."""
+    if source is None:
+        return {}
+    try:
+        stated, _ = BaseImageProcessor.get_image_processor_dict(source)
+    except (OSError, ValueError):
+        return {}
+    return {key: stated[key] for key in ("image_mean", "image_std", "do_normalize") if key in stated}
+
+
+def _colours(processor: BaseImageProcessor) -> dict:
+    keys = ("image_mean", "image_std", "do_normalize", "do_rescale", "rescale_factor", "resample")
+    found = {key: getattr(processor, key, None) for key in keys}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _plain_processor(size: tuple[int, int], settings: dict) -> BaseImageProcessor:
     # Pillow's version of ViTImageProcessor; it is saved under that name, and either version loads it. Imported here
     # because transformers takes a while to load it.
     from transformers import ViTImageProcessorPil
 
-    return ViTImageProcessorPil(size={"height": size[0], "width": size[1]}), size
+    return ViTImageProcessorPil(size={"height": size[0], "width": size[1]}, **settings)
+
+
+def _default_size(config: PreTrainedConfig, row: PictureInputs) -> tuple[int, int]:
+    height, width = _config_size(config) or (224, 224)
+    if row.is_patches:
+        edge = patch_edge(config)
+        return max(1, height // edge) * edge, max(1, width // edge) * edge
+    return height, width
 
 
 def _config_size(config: PreTrainedConfig) -> tuple[int, int] | None:

@@ -26,7 +26,8 @@ from transformers import (
 
 from ..configuration.part_code import part_config_class
 from ..modeling.language_models import build_language_model, causal_lm_class
-from ..modeling.parts import build_part, own_model_class, restore_computed_tensors
+from ..modeling.parts import own_model_class, restore_computed_tensors
+from ..modeling.vision_towers import vision_tower_class
 from .errors import CompositionError
 from .language_model_probe import sees_later_tokens
 from .remote_code import RemoteCode, bundle_remote_code, find_remote_code, is_remote
@@ -48,10 +49,35 @@ def load_vision_tower(source: PartSource, dtype: torch.dtype | None = None, trus
     code = find_remote_code(source, "AutoModel", trust_remote_code)
     if code is not None:
         return _load_remote(source, code, AutoModel, "vision_config", dtype)
-    config = _config_of(source, trust_remote_code)
-    config = _sub_config(config, "vision_config")
-    _check_mapping(config, MODEL_MAPPING, "vision tower", "a vision tower such as dinov2, siglip or clip")
-    return _load(AutoModel, source, config, dtype, trust_remote_code)
+    whole_config = _config_of(source, trust_remote_code)
+    config = vision_config_of(whole_config)
+    tower_class = vision_tower_class(config)
+    if tower_class is None:
+        raise CompositionError(
+            f"transformers has no model class for {config.model_type!r} alone, so it cannot be the vision tower. Pass a "
+            "vision tower such as dinov2, siglip or clip."
+        )
+    try:
+        return _load_vision_tower(source, whole_config, config, tower_class, dtype, trust_remote_code)
+    except ImportError as error:
+        raise CompositionError(
+            f"The vision tower {config.model_type!r} needs a library that is not installed: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+
+
+def _load_vision_tower(source, whole_config, config, tower_class, dtype, trust_remote_code) -> nn.Module:
+    if isinstance(source, PreTrainedConfig):
+        return tower_class._from_config(config, **({} if dtype is None else {"dtype": dtype}))
+    if type(whole_config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        # Such a model names the weights of its tower in its own way, so it is loaded whole.
+        return _vision_part(_load(AutoModelForImageTextToText, source, whole_config, dtype, trust_remote_code))
+    return _load(tower_class, source, config, dtype, trust_remote_code)
+
+
+def vision_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the vision part of a composite; the config itself if it is of a tower alone."""
+    return _sub_config(config, "vision_config")
 
 
 def load_language_model(source: PartSource, dtype: torch.dtype | None = None, trust_remote_code: bool = False):
@@ -242,7 +268,7 @@ def _vision_part(model: PreTrainedModel) -> PreTrainedModel:
     vision_config = getattr(model.config, "vision_config", None)
     if not isinstance(vision_config, PreTrainedConfig):
         return model
-    tower_class = MODEL_MAPPING.get(type(vision_config), None)
+    tower_class = vision_tower_class(vision_config)
     for module in model.modules():
         if tower_class is not None and isinstance(module, tower_class):
             return module
@@ -272,7 +298,7 @@ def _load_remote(
     config.part_code = part_code
     if isinstance(source, PreTrainedConfig):
         config.dtype = dtype or config.dtype or torch.get_default_dtype()
-        return build_part(auto_class, config)
+        return own_model_class(auto_class, config)._from_config(config)
     model = _load(own_model_class(auto_class, config), source, config, dtype)
     restore_computed_tensors(model)
     return model

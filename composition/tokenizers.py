@@ -5,6 +5,7 @@ import logging
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from ..modeling.language_models import resize_vocabulary
 from .errors import CompositionError
 from .parts import PartSource, pretrained_name
 
@@ -15,7 +16,11 @@ logger = logging.getLogger(__name__)
 def load_tokenizer(
     tokenizer: PreTrainedTokenizerBase | str | None, text: PartSource, trust_remote_code: bool
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer given, or the language model's own."""
+    """The tokenizer given, or the language model's own.
+
+    Raises:
+        CompositionError: nothing says which it is, or its files are not there.
+    """
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         return tokenizer
     source = tokenizer or pretrained_name(text)
@@ -24,7 +29,14 @@ def load_tokenizer(
             f"A {type(text).__name__} does not say which tokenizer it goes with. Pass tokenizer=… (a path, a Hub id or "
             "an instance)."
         )
-    return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    loaded = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    # Where the files are missing, transformers makes a tokenizer of the right class that knows no word.
+    if set(loaded.get_vocab()) <= set(loaded.all_special_tokens):
+        raise CompositionError(
+            f"{source} has no tokenizer: a {type(loaded).__name__} loaded from there knows no token but special ones. Pass "
+            "tokenizer=… (a path, a Hub id or an instance)."
+        )
+    return loaded
 
 
 def normalise_special_tokens(tokenizer: PreTrainedTokenizerBase, language_model: nn.Module) -> None:
@@ -82,7 +94,10 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase, language_model: nn.Modul
             f"{type(tokenizer).__name__} does not keep {image_token!r} as one token. Pass another image_token=…."
         )
     if len(tokenizer) > language_model.get_input_embeddings().weight.shape[0]:
-        language_model.resize_token_embeddings(len(tokenizer))
+        try:
+            resize_vocabulary(language_model, len(tokenizer))
+        except ValueError as error:
+            raise CompositionError(str(error)) from error
     return image_token_id
 
 

@@ -1,16 +1,29 @@
 """How many tokens a picture takes: one answer, asked by the model and by the processor alike."""
 
 import math
+from collections.abc import Mapping
 
 
-def image_grid(vision_tower_spec: dict, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of features that the tower gives for one picture of ``height`` x ``width`` pixels.
+Grid = tuple[int, int]
+
+
+def image_grid(vision_tower_spec: dict, height: int, width: int) -> Grid:
+    """Rows and columns of features that the tower gives for one plain picture of ``height`` x ``width`` pixels.
 
     ``vision_tower_spec`` is what the probe measured when the model was composed (see ``composition/probe.py``).
 
     Raises:
-        ValueError: the picture has not the size that was measured.
+        ValueError: the picture has not the size that was measured, or, where any size will do, no multiple of patches.
     """
+    if vision_tower_spec["any_size"]:
+        edge = vision_tower_spec["patch"]["size"] * vision_tower_spec["merge_size"]
+        if height % edge or width % edge or not height or not width:
+            raise ValueError(
+                f"The vision tower cuts pictures into patches of {edge}x{edge} pixels (merged ones), which "
+                f"{height}x{width} pixels (height x width) are no multiple of. Leave the processor's sizes as they "
+                "were saved."
+            )
+        return height // edge, width // edge
     expected_height, expected_width = vision_tower_spec["image_size"]
     if (height, width) != (expected_height, expected_width):
         raise ValueError(
@@ -22,9 +35,34 @@ def image_grid(vision_tower_spec: dict, height: int, width: int) -> tuple[int, i
     return rows, columns
 
 
-def num_image_tokens(vision_tower_spec: dict, projector_config: dict, height: int, width: int) -> int:
-    """Number of image tokens that one picture of ``height`` x ``width`` pixels takes in the language model's input.
+def image_grids(vision_tower_spec: dict, pixel_values, processor_outputs: Mapping) -> list[Grid]:
+    """The grid of features of every picture of a batch.
 
-    ``projector_config`` is asked too, because a projector may merge features; `linear` and `mlp` keep their number.
+    Args:
+        pixel_values: Plain pictures ``(num_images, channels, height, width)``, or patches.
+        processor_outputs: What the tower's own image processor gives beside patches: ``image_grid_thw``
+            ``(num_images, 3)``, ``spatial_shapes`` or ``target_sizes`` ``(num_images, 2)``, in patches, or
+            ``image_position_ids`` ``(num_images, num_patches, 2)``, column and row, negative at padding. Empty for
+            plain pictures.
     """
-    return math.prod(image_grid(vision_tower_spec, height, width))
+    merge = vision_tower_spec["merge_size"]
+    for key in ("image_grid_thw", "spatial_shapes", "target_sizes"):
+        if processor_outputs.get(key) is not None:
+            # Frames of a clip stand one below the other.
+            shapes = [[1, *shape] if len(shape) == 2 else shape for shape in processor_outputs[key].tolist()]
+            return [(frames * (rows // merge), columns // merge) for frames, rows, columns in shapes]
+    if processor_outputs.get("image_position_ids") is not None:
+        edges = processor_outputs["image_position_ids"].amax(1) + 1
+        return [(rows // merge, columns // merge) for columns, rows in edges.tolist()]
+    return [image_grid(vision_tower_spec, *pixel_values.shape[-2:])] * len(pixel_values)
+
+
+def num_tokens_of_grid(projector_config: dict, grid: Grid) -> int:
+    """Number of tokens that the projector makes of a ``grid`` of features; `linear` and `mlp` keep their number."""
+    return math.prod(grid)
+
+
+def num_image_tokens(vision_tower_spec: dict, projector_config: dict, height: int, width: int) -> int:
+    """Number of image tokens that one plain picture of ``height`` x ``width`` pixels takes in the language model's
+    input."""
+    return num_tokens_of_grid(projector_config, image_grid(vision_tower_spec, height, width))

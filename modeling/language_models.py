@@ -63,6 +63,26 @@ def build_language_model(text_config: PreTrainedConfig, **kwargs) -> PreTrainedM
     return model_class._from_config(text_config, **kwargs)
 
 
+def resize_vocabulary(language_model: PreTrainedModel, new_num_tokens: int | None, *args, **kwargs) -> nn.Module:
+    """`resize_token_embeddings` of the language model, in a way that its config can build again.
+
+    Raises:
+        ValueError: its config builds more embeddings than it states (moshi and mllama add rows of their own), so that
+            no vocabulary of another size can be saved.
+    """
+    config, num_rows = language_model.config, language_model.get_input_embeddings().weight.shape[0]
+    if new_num_tokens not in (None, num_rows) and num_rows != config.vocab_size:
+        raise ValueError(
+            f"{type(language_model).__name__} has {num_rows} embeddings for a vocabulary of {config.vocab_size}, and "
+            f"transformers cannot save it with {new_num_tokens}. Keep to its tokenizer: the image token must be one of "
+            f"its {num_rows} ids."
+        )
+    embeddings = language_model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
+    if getattr(config, "decoder_vocab_size", None) == num_rows:  # marian states it twice
+        config.decoder_vocab_size = config.vocab_size
+    return embeddings
+
+
 class LanguageModelInterface:
     """How one causal language model wants to be called. Stateless: it reads signatures once and holds no weights.
 

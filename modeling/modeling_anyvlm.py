@@ -11,14 +11,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.utils import ModelOutput, can_return_tuple
 
 from ..configuration.configuration_anyvlm import AnyVlmConfig
-from ..configuration.image_tokens import image_grid
+from ..configuration.image_tokens import image_grids
 from .language_models import (
     LanguageModelInterface,
     build_language_model,
     default_position_ids,
     labelled_positions,
+    resize_vocabulary,
 )
 from .parts import restore_computed_tensors, trusted_config
+from .picture_inputs import PROCESSOR_KEYS
 from .projectors import build_projector
 from .vision_towers import build_vision_tower, call_vision_tower, read_features
 
@@ -106,6 +108,14 @@ class AnyVlmModel(PreTrainedModel):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    def initialize_weights(self) -> None:
+        """Each part by its own rules, then the projector. transformers would treat parts of its own as custom code here,
+        and skip a module without parameters that computes the buffers of its children (falcon_h1)."""
+        for part in self.children():
+            if isinstance(part, PreTrainedModel):
+                part.initialize_weights()
+        super().initialize_weights()
+
     def _check_widths(self) -> None:
         spec, projector_config = self.config.vision_tower_spec, self.config.projector_config
         if projector_config["in_features"] != spec["hidden_size"]:
@@ -141,8 +151,9 @@ class AnyVlmModel(PreTrainedModel):
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
         """As transformers'. Left to the language model, some of which keep the vocabulary's size in several places."""
-        embeddings = self.language_model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        self.config.text_config.vocab_size = self.language_model.config.vocab_size
+        embeddings = resize_vocabulary(self.language_model, new_num_tokens, *args, **kwargs)
+        # Some families build from a copy of the config they are given.
+        self.config.text_config = self.language_model.config
         return embeddings
 
     def enable_input_require_grads(self) -> None:
@@ -161,51 +172,95 @@ class AnyVlmModel(PreTrainedModel):
     # Pictures.
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        image_grid_thw: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        target_sizes: torch.Tensor | None = None,
+        image_position_ids: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
         """Features and projected tokens of pictures.
 
         A tower none of whose parameters require a gradient is frozen: it runs in `eval()` and without a graph.
 
         Args:
-            pixel_values: `(num_images, channels, height, width)`, as the processor makes them.
+            pixel_values: Plain pictures `(num_images, channels, height, width)`; clips
+                `(num_images, frames, channels, height, width)` for a tower of video; or patches, as the tower's own
+                image processor makes them, with what it gives beside them:
+            image_grid_thw: `(num_images, 3)`, frames, rows and columns of packed patches.
+            spatial_shapes: `(num_images, 2)`, rows and columns of padded patches.
+            pixel_attention_mask: `(num_images, num_patches)`, 0 at padding.
+            target_sizes: `(num_images, 2)`, rows and columns of patches in a strip.
+            image_position_ids: `(num_images, num_patches, 2)`, column and row of each patch, -1 at padding.
 
         Returns:
-            `last_hidden_state`: the tower's features `(num_images, num_features, hidden_size)`; `pooler_output`: a
-            list with the tokens `(num_tokens, embedding width)` of each picture.
+            `last_hidden_state`: the tower's features `(num_images, num_features, hidden_size)`, or
+            `(all features, hidden_size)` of pictures of several sizes; `pooler_output`: a list with the tokens
+            `(num_tokens, embedding width)` of each picture.
 
         Raises:
             ValueError: pictures of another size or shape than the tower was composed for.
         """
-        if pixel_values.ndim != 4:
+        spec = self.config.vision_tower_spec
+        processor_outputs = {
+            "image_grid_thw": image_grid_thw,
+            "spatial_shapes": spatial_shapes,
+            "pixel_attention_mask": pixel_attention_mask,
+            "target_sizes": target_sizes,
+            "image_position_ids": image_position_ids,
+        }
+        processor_outputs = {key: value for key, value in processor_outputs.items() if value is not None}
+        dimensions = (4, 5) if spec["inputs"] == "frames" else (4,)
+        if not processor_outputs and pixel_values.ndim not in dimensions:
             raise ValueError(
                 f"pixel_values must be (num_images, channels, height, width), got shape {tuple(pixel_values.shape)}."
             )
-        spec = self.config.vision_tower_spec
-        grid = image_grid(spec, *pixel_values.shape[-2:])
+        grids = image_grids(spec, pixel_values, processor_outputs)
         frozen = not any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         if frozen and self.vision_tower.training:
             self.vision_tower.eval()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             raw_features = call_vision_tower(
                 self.vision_tower,
+                spec,
                 pixel_values.to(self.vision_tower.dtype),
                 self.config.vision_feature_layer,
-                spec["call_kwargs"],
+                processor_outputs,
             )
-            features = read_features(raw_features, spec)
-        projector_dtype = self.multi_modal_projector.output_layer.weight.dtype
-        tokens, _ = self.multi_modal_projector(features.to(projector_dtype), grid)
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=list(tokens))
+            features = read_features(raw_features, spec, grids)
+        tokens = self._project(features, grids)
+        one_size = len(set(grids)) == 1
+        return BaseModelOutputWithPooling(
+            last_hidden_state=torch.stack(features) if one_size else torch.cat(features), pooler_output=tokens
+        )
+
+    def _project(self, features: list[torch.Tensor], grids: list[tuple[int, int]]) -> list[torch.Tensor]:
+        """Tokens of each picture; the projector runs once for all pictures of one grid."""
+        dtype = self.multi_modal_projector.output_layer.weight.dtype
+        tokens: list = [None] * len(features)
+        for grid in dict.fromkeys(grids):
+            indices = [index for index, other in enumerate(grids) if other == grid]
+            batch = torch.stack([features[index] for index in indices]).to(dtype)
+            projected, _ = self.multi_modal_projector(batch, grid)
+            for index, sample in zip(indices, projected):
+                tokens[index] = sample
+        return tokens
 
     def _image_tokens(
-        self, pixel_values: torch.Tensor | None, mm_encoder_outputs: dict[str, Any] | None
+        self,
+        pixel_values: torch.Tensor | None,
+        mm_encoder_outputs: dict[str, Any] | None,
+        processor_outputs: dict[str, torch.Tensor],
     ) -> torch.Tensor | None:
         """All image tokens of the batch `(num_tokens, width)`, in the order of their pictures, or `None`."""
         encoded = (mm_encoder_outputs or {}).get("image")
         if encoded is not None and pixel_values is not None:
             raise ValueError("Pass pixel_values or mm_encoder_outputs['image'], not both.")
         if encoded is None and pixel_values is not None:
-            encoded = self.get_image_features(pixel_values, return_dict=True)
+            encoded = self.get_image_features(pixel_values, **processor_outputs, return_dict=True)
         return None if encoded is None else torch.cat(list(encoded.pooler_output), dim=0)
 
     def _image_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
@@ -234,7 +289,8 @@ class AnyVlmModel(PreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
-        image_tokens = self._image_tokens(pixel_values, mm_encoder_outputs)
+        processor_outputs = {key: kwargs.pop(key) for key in PROCESSOR_KEYS if key in kwargs}
+        image_tokens = self._image_tokens(pixel_values, mm_encoder_outputs, processor_outputs)
         sequence = input_ids if inputs_embeds is None else inputs_embeds
         batch_size, sequence_length = sequence.shape[:2]
         extra = {}
@@ -354,6 +410,11 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        target_sizes: torch.Tensor | None = None,
+        image_position_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> AnyVlmCausalLMOutput:
         """Run the model.
@@ -369,6 +430,8 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
                 labels, and with labels only where there is one, so that pictures and prompts cost no row of the
                 vocabulary's size.
             mm_encoder_outputs: `{"image": …}`, what `get_image_features` returned, in place of `pixel_values`.
+            image_grid_thw, spatial_shapes, pixel_attention_mask, target_sizes, image_position_ids: What the tower's
+                own image processor gives beside `pixel_values`, see `get_image_features`.
             **kwargs: Handed to the language model (`num_items_in_batch`, `output_hidden_states`, …).
 
         Raises:
@@ -391,6 +454,11 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
             num_items_in_batch=num_items_in_batch if own_loss else None,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
+            image_grid_thw=image_grid_thw,
+            spatial_shapes=spatial_shapes,
+            pixel_attention_mask=pixel_attention_mask,
+            target_sizes=target_sizes,
+            image_position_ids=image_position_ids,
             **kwargs,
         )
         outputs = self.language_model(**arguments, return_dict=True)
@@ -417,6 +485,7 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
         **kwargs,
     ) -> dict[str, Any]:
         """The language model prepares its inputs by its own rules; pictures go along while the prompt is not cached."""
+        processor_outputs = {key: kwargs.pop(key) for key in PROCESSOR_KEYS if key in kwargs}
         model_inputs = self.language_model.prepare_inputs_for_generation(
             input_ids,
             inputs_embeds=inputs_embeds,
@@ -430,6 +499,7 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
         if is_first_iteration or not use_cache or not prompt_is_cached:
             model_inputs["pixel_values"] = pixel_values
             model_inputs["mm_encoder_outputs"] = mm_encoder_outputs
+            model_inputs.update(processor_outputs)
         return model_inputs
 
     def _prepare_cache_for_generation(self, *args, **kwargs) -> None:

@@ -18,12 +18,6 @@ from ..configuration.part_code import DeferredPartConfig, load_part_config, part
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
-def build_part(auto_class: type, config: PreTrainedConfig) -> nn.Module:
-    """What `auto_class.from_config` builds, random weights; with the part's own code where it has some."""
-    model_class = own_model_class(auto_class, config)
-    return auto_class.from_config(config) if model_class is None else model_class._from_config(config)
-
-
 def own_model_class(auto_class: type, config: PreTrainedConfig) -> type | None:
     """The model class in the part's own code, prepared as Auto classes do with remote code; `None` if it has none."""
     model_class = part_class(config, auto_class.__name__)

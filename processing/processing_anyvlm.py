@@ -3,12 +3,14 @@
 import os
 from typing import Any
 
+from PIL import Image
 from transformers import ProcessorMixin
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
 from transformers.utils import PROCESSOR_NAME
 
 from ..configuration.checkpoint_code import AUTO_MAP, write_checkpoint_code
-from ..configuration.image_tokens import num_image_tokens
+from ..configuration.image_tokens import image_grids, num_tokens_of_grid
+from ..modeling.picture_inputs import PICTURE_INPUTS
 from .pictures import to_rgb_picture
 
 
@@ -102,25 +104,36 @@ class AnyVlmProcessor(ProcessorMixin):
             return {}, []
         processed, replacements = super()._process_images(flat, **kwargs)
         # Image processors also return what only their own model reads (masks of padding, original sizes).
-        return {"pixel_values": processed["pixel_values"]}, replacements
+        return {key: processed[key] for key in ("pixel_values", *self._patch_keys) if key in processed}, replacements
+
+    @property
+    def _patch_keys(self) -> list[str]:
+        """What the tower takes beside patches, under the names of image processors; empty for whole pictures."""
+        return list(PICTURE_INPUTS[self.vision_tower_spec["inputs"]].from_processor.values())
+
+    def _image_grids(self, image_inputs: dict) -> list[tuple[int, int]]:
+        outputs = {key: image_inputs[key] for key in self._patch_keys if key in image_inputs}
+        return image_grids(self.vision_tower_spec, image_inputs["pixel_values"], outputs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The placeholder of picture `image_idx`, as often as that picture takes tokens."""
-        height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
-        return self.image_token * num_image_tokens(self.vision_tower_spec, self.projector_config, height, width)
+        grid = self._image_grids(image_inputs)[image_idx]
+        return self.image_token * num_tokens_of_grid(self.projector_config, grid)
 
     def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs) -> MultiModalData:
         """Token counts for pictures of the given `(height, width)` before processing; servers ask for them."""
         if image_sizes is None:
             return MultiModalData()
-        # The image processor brings every picture to the one size that was measured.
-        tokens = num_image_tokens(self.vision_tower_spec, self.projector_config, *self.vision_tower_spec["image_size"])
-        return MultiModalData(num_image_tokens=[tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes))
+        # Only the image processor knows to which size it brings a picture.
+        pictures = [Image.new("RGB", (width, height)) for height, width in image_sizes]
+        grids = self._image_grids(self.image_processor(pictures, return_tensors="pt", **kwargs))
+        tokens = [num_tokens_of_grid(self.projector_config, grid) for grid in grids]
+        return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * len(image_sizes))
 
     @property
     def model_input_names(self) -> list[str]:
         names = [name for name in self.tokenizer.model_input_names if name != "token_type_ids"]
-        return [*names, "pixel_values"]
+        return [*names, "pixel_values", *self._patch_keys]
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """Write the processor's config and, beside it, the code: `save_pretrained` and `push_to_hub` come by here."""

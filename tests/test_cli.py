@@ -1,6 +1,7 @@
 """The command line: help that teaches, one line on bad input, and a model that is composed and then asked."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ def picture(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("command", ["compose", "generate", "demo"])
+@pytest.mark.parametrize("command", ["compose", "generate", "demo", "check"])
 def test_every_command_has_help_with_an_example(capsys, command):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
@@ -54,7 +55,7 @@ def test_every_command_has_help_with_an_example(capsys, command):
 
 def test_help_lists_the_commands_and_no_arguments_give_help(capsys):
     code, out, _ = run(capsys, "--help")
-    assert code == 0 and all(command in out for command in ("compose", "generate", "demo"))
+    assert code == 0 and all(command in out for command in ("compose", "generate", "demo", "check"))
     _, out, err = run(capsys)
     assert "compose" in out + err and "Traceback" not in out + err
 
@@ -147,6 +148,10 @@ def bad_inputs(parts, tmp_path):
         "dtype": (["compose", tower, language_model, *output, "--dtype", "int3"], 2, "bfloat16"),
         "output holds files": (["compose", tower, language_model, "-o", tmp_path / "full"], 2, "--overwrite"),
         "output is a file": (["compose", tower, language_model, "-o", tmp_path / "broken.png"], 2, "is a file"),
+        "check's tower": (["check", tmp_path / "nothing", language_model], 1, "nothing is no folder"),
+        "check's type": (["check", tower, "lama"], 1, "nearest: llama"),
+        "check's size": (["check", tower, language_model, "--image-size", "0"], 2, "32x64"),
+        "check's projector": (["check", tower, language_model, "--projector", "magic"], 1, "mlp"),
         "no such picture": (["generate", tower, "-p", "What?", "-i", tmp_path / "nothing.png"], 2, "does not exist"),
         "not composed": (["generate", tower, "-p", "What?"], 1, "'vit'"),
         "no such checkpoint": (["generate", tmp_path / "nothing", "-p", "What?"], 1, "nothing"),
@@ -197,6 +202,44 @@ def test_debug_shows_the_traceback(parts, tmp_path):
     tower, _ = parts
     with pytest.raises(CompositionError):
         cli.main(["compose", str(tower), str(tower), "--output", str(tmp_path / "vlm"), "--debug"])
+
+
+class TestCheck:
+    def test_a_pair_that_works_exits_with_0(self, capsys, parts):
+        tower, language_model = parts
+        code, out, err = run(capsys, "check", tower, language_model)
+        assert code == 0 and err == ""
+        lines = {line.split(":")[0]: line for line in out.splitlines()}
+        assert lines["works"].split() == ["works:", "yes"]
+        assert "ViTModel" in lines["vision tower"] and "LlamaForCausalLM" in lines["language model"]
+        assert "16x16 pixels: 4 tokens (2x2)" in lines["picture"]
+
+    def test_json_has_everything(self, capsys, parts):
+        code, out, _ = run(capsys, "check", *parts, "--json", "--image-size", "16x32", "--dtype", "bfloat16")
+        report = json.loads(out)
+        assert code == 0 and report["works"] is True
+        assert (report["image_size"], report["tokens_per_picture"], report["dtype"]) == ([16, 32], 8, "bfloat16")
+
+    def test_a_pair_that_is_refused_exits_with_1_and_gives_the_reason(self, capsys, parts):
+        tower, _ = parts
+        code, out, err = run(capsys, "check", tower, "bert")
+        assert code == 1 and err == ""
+        assert out.splitlines()[0].split() == ["works:", "no"]
+        assert "BertLMHeadModel is an encoder" in out and "is_decoder=True" in out
+        code, out, _ = run(capsys, "check", tower, "bert", "--json")
+        assert code == 1 and json.loads(out)["works"] is False
+
+    def test_model_types_stand_for_their_default_configs(self, capsys):
+        code, out, _ = run(capsys, "check", "dinov2", "gpt2")
+        assert code == 0 and "GPT2LMHeadModel, 124 M parameters" in out
+
+    def test_it_fits_80_columns_on_a_terminal(self, capsys, parts, monkeypatch):
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("COLUMNS", "80")
+        code, out, _ = run(capsys, "check", *parts)
+        plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out)
+        assert code == 0 and plain != out
+        assert max(map(len, plain.splitlines())) <= 80 and "…" not in plain.replace("tokenizer=…", "")
 
 
 def test_the_demo_takes_a_pretrained_part(capsys, parts, tmp_path):

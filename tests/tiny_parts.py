@@ -1,11 +1,20 @@
 """Tiny random parts of every family that is tested: a few lines each, milliseconds to build."""
 
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from anyvlm.compatibility.tiny_tokenizer import VOCABULARY, make_sensitive, tiny_tokenizer
 
 
-VOCABULARY = ["<unk>", "<s>", "</s>", "<pad>", "User", "Assistant", ":", "?", ".", ","] + [f"w{i}" for i in range(80)]
+__all__ = [
+    "LANGUAGE_MODELS",
+    "TOWERS",
+    "VOCABULARY",
+    "make_sensitive",
+    "text_config",
+    "tiny_tokenizer",
+    "vision_config",
+]
+
 
 #: Settings that most vision configs have; each type takes those it knows.
 _VISION = {
@@ -197,35 +206,3 @@ def _config(model_type: str, common: dict, own: dict) -> PreTrainedConfig:
     mapped = config_class.attribute_map
     settings = {key: value for key, value in common.items() if key in known and mapped.get(key) not in own}
     return config_class(**{**settings, **own})
-
-
-def tiny_tokenizer(**special_tokens) -> PreTrainedTokenizerFast:
-    """One token per word of `VOCABULARY`. `special_tokens` override; `None` leaves one out."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-    tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", **special_tokens}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, **{name: token for name, token in tokens.items() if token is not None}
-    )
-
-
-def make_sensitive(model: torch.nn.Module, seed: int = 1) -> None:
-    """Larger random weights, so that a token or picture that goes astray shows in the logits; deterministic."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
-            if parameter.is_floating_point():
-                scale = 0.15 if parameter.ndim >= 2 else 0.05
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
-
-
-@torch.no_grad()
-def fit_batch_norms(tower: torch.nn.Module, pixel_values: torch.Tensor) -> None:
-    """Give batch norms the statistics of some pictures, as training would; with none, deep random maps are constant."""
-    norms = [module for module in tower.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
-    if norms:
-        for norm in norms:
-            norm.train()
-            norm.momentum = 1.0
-        tower(pixel_values)
-        tower.eval()

@@ -286,7 +286,7 @@ class TestPictureSize:
     def test_position_embeddings_are_interpolated_off_size(self):
         """siglip rejects another size than its own unless it is asked to interpolate."""
         model, processor = compose(vision="siglip_vision_model", image_size=48)
-        assert model.config.vision_tower_spec["call_kwargs"] == {"interpolate_pos_encoding": True}
+        assert model.config.vision_tower_spec["call_kwargs"]["interpolate_pos_encoding"]
         inputs = processor(text=["<image>"], images=[picture(0)], return_tensors="pt")
         assert inputs["pixel_values"].shape[-2:] == (48, 48)
         assert len(model.get_image_features(inputs["pixel_values"]).pooler_output[0]) == 36
@@ -375,6 +375,12 @@ class TestDtype:
 
 
 class TestRefusals:
+    def test_a_folder_without_a_tokenizer(self, tmp_path):
+        """transformers makes one of the right class that knows no word; every text would be empty."""
+        AutoModelForCausalLM.from_config(text_config("qwen2")).save_pretrained(tmp_path)
+        with pytest.raises(anyvlm.CompositionError, match="has no tokenizer"):
+            anyvlm.compose(vision=vision_config("dinov2"), text=tmp_path)
+
     def test_tower_that_is_a_language_model(self):
         with pytest.raises(anyvlm.CompositionError, match="language model.*vision tower such as"):
             compose(vision=text_config("llama"))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_tester import NEW_TOKENS, ComposedModelTester, picture
+from model_tester import ComposedModelTester, picture
 from remote_checkpoints import (
     CHAT_GENERATION_CONFIG,
     load_reference,
@@ -57,6 +57,7 @@ class RemotePartTester(ComposedModelTester):
     load_arguments = {"trust_remote_code": True}
 
     def __init__(self, folder: Path, language_model: str):
+        self.new_tokens = 6
         self.bare_language_model = load_reference(folder / language_model, language_model)
         self.model, self.processor = compose_remote(folder, language_model)
         with torch.no_grad():  # so that a tiny model with random weights tells pictures apart
@@ -108,7 +109,7 @@ class TestPair:
         inputs = tester.inputs(["w1 w2 w3"], [])
         generated = tester.generate(inputs)
         expected = tester.bare_language_model.generate(
-            **inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False
+            **inputs, max_new_tokens=tester.new_tokens, min_new_tokens=tester.new_tokens, do_sample=False
         )
         assert torch.equal(generated, expected[:, inputs["input_ids"].shape[1] :])
 

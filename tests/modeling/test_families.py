@@ -36,7 +36,7 @@ def test_cached_generation_equals_uncached(tester):
 
 
 def test_padding(tester):
-    tester.check_left_padding()
+    tester.check_padding()
 
 
 def test_text_only_equals_bare_language_model(tester):

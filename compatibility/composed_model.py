@@ -1,0 +1,394 @@
+"""What must hold for every composed model, whatever its parts: one implementation, for the tests and for the table.
+
+Each check compares with an oracle that is not ours: the bare language model, the same model without a cache, a sample
+alone, the model that was saved. A check that fails raises `AssertionError` with what was found.
+"""
+
+import contextlib
+import copy
+import inspect
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+import anyvlm
+
+from ..composition.parts import load_language_model
+from .tiny_tokenizer import make_sensitive, tiny_tokenizer
+
+
+#: What the processor makes of the text; everything else is of the pictures.
+_TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+
+
+def require(condition, message: str) -> None:
+    """`assert` that also holds where Python runs without assertions."""
+    if not bool(condition):
+        raise AssertionError(message)
+
+
+def picture(seed: int, size: tuple[int, int] = (50, 40)) -> Image.Image:
+    """A random RGB picture of `(height, width)` pixels with structure at several scales."""
+    generator = np.random.default_rng(seed)
+    coarse = generator.integers(0, 256, (5, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((size[1], size[0]), Image.Resampling.BICUBIC)
+
+
+class ComposedModel:
+    """A composed model, the bare language model it was made from, and the checks.
+
+    Args:
+        vision, text: Configs of the parts, tiny ones.
+        image_size: Edge of the pictures in pixels.
+        seed: For the weights, which are random and large enough for a lost token or picture to show.
+        new_tokens: How many tokens are generated where generation is checked.
+        compose_arguments: Handed to `anyvlm.compose`.
+
+    Raises:
+        CompositionError: the parts cannot be composed.
+    """
+
+    #: For `from_pretrained`; parts with code of their own need `trust_remote_code`.
+    load_arguments: ClassVar[dict] = {}
+
+    def __init__(
+        self,
+        vision: PreTrainedConfig,
+        text: PreTrainedConfig,
+        image_size: int,
+        seed: int = 0,
+        new_tokens: int = 6,
+        **compose_arguments,
+    ):
+        self.new_tokens = new_tokens
+        torch.manual_seed(seed)
+        language_model = load_language_model(text).eval()
+        make_sensitive(language_model, seed=3 * seed + 1)
+        self.bare_language_model = copy.deepcopy(language_model)
+        self.model, self.processor = anyvlm.compose(
+            vision=vision,
+            text=language_model,
+            tokenizer=tiny_tokenizer(),
+            image_size=image_size,
+            seed=seed,
+            **compose_arguments,
+        )
+        make_sensitive(self.model.vision_tower, seed=3 * seed + 2)
+        self._fit_batch_norms()
+        with torch.no_grad():  # so that a tiny model with random weights tells pictures apart
+            self.model.multi_modal_projector.output_layer.weight.mul_(3)
+
+    @torch.no_grad()
+    def _fit_batch_norms(self) -> None:
+        """Give batch norms the statistics of some pictures, as training would; with none, deep random maps are
+        constant."""
+        norms = [
+            module
+            for module in self.model.vision_tower.modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+        ]
+        if not norms:
+            return
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.train()
+            norm.momentum = 1.0
+        # Several pictures: the variance of a few values can be tiny, and rounding would be blown up by it.
+        inputs = self.inputs([" ".join(["<image>"] * 8)], [picture(seed) for seed in range(5, 13)])
+        self.model.get_image_features(**self.image_inputs(inputs))
+        self.model.vision_tower.eval()
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+
+    def inputs(self, texts: list[str], pictures: list, **kwargs):
+        return self.processor(text=texts, images=pictures or None, padding=True, return_tensors="pt", **kwargs)
+
+    @staticmethod
+    def image_inputs(inputs) -> dict:
+        return {name: value for name, value in inputs.items() if name not in _TEXT_INPUTS}
+
+    def one_picture(self, seed: int = 0):
+        return self.inputs(["w1 w2 <image> w3 w4 w5"], [picture(seed)])
+
+    def logits(self, inputs) -> torch.Tensor:
+        return self._logits_of(self.model, inputs)
+
+    @staticmethod
+    @torch.no_grad()
+    def _logits_of(model: nn.Module, inputs) -> torch.Tensor:
+        return model(**inputs).logits
+
+    def generate(self, inputs, model=None, **kwargs) -> torch.Tensor:
+        """Greedy new tokens `(batch, new_tokens)`; eos is off, so that every run has the same length."""
+        sequences = (model or self.model).generate(
+            **inputs, max_new_tokens=self.new_tokens, min_new_tokens=self.new_tokens, do_sample=False, **kwargs
+        )
+        return sequences[:, inputs["input_ids"].shape[1] :]
+
+    # The checks.
+
+    def check_forward_is_finite(self) -> None:
+        logits = self.logits(self.one_picture())
+        require(torch.isfinite(logits).all(), "logits are not finite")
+
+    def check_picture_changes_logits(self) -> None:
+        inputs = [self.one_picture(seed) for seed in (0, 1)]
+        first, second = (self.logits(each) for each in inputs)
+        image_positions = (inputs[0]["input_ids"][0] == self.model.config.image_token_id).nonzero()
+        before, after = int(image_positions[0]), int(image_positions[-1]) + 1
+        change = (first - second)[0].abs().amax(-1)
+        require(change[after:].min() > 1e-3, "text after the picture does not see it")
+        # Experts round differently for other numbers of tokens; a leak would be as large as what comes after.
+        require(change[:before].max() < 1e-5, "text before the picture sees it")
+
+    def check_gradients(self) -> None:
+        """Every part gets gradients, and with gradient checkpointing the same ones; frozen parts get none."""
+        inputs = self.one_picture()
+        labels = inputs["input_ids"].clone()
+        labels[:, :-3] = -100
+        self.model.train()
+        try:
+            plain = self._gradients(inputs, labels)
+            for part in ("vision_tower.", "multi_modal_projector.", "language_model."):
+                total = sum(gradient.abs().sum() for name, gradient in plain.items() if name.startswith(part))
+                require(0 < total < float("inf"), f"{part[:-1]} gets no gradient")
+            if self.checkpointing_parts():
+                self.model.gradient_checkpointing_enable()
+                checkpointed = self._gradients(inputs, labels)
+                self.model.gradient_checkpointing_disable()
+                require(plain.keys() == checkpointed.keys(), "gradient checkpointing loses gradients of some weights")
+                for name, gradient in plain.items():
+                    torch.testing.assert_close(
+                        checkpointed[name],
+                        gradient,
+                        msg=lambda m, n=name: f"gradient checkpointing changes the gradient of {n}: {m}",
+                    )
+            self.model.vision_tower.requires_grad_(False)
+            self.model.language_model.requires_grad_(False)
+            names = set(self._gradients(inputs, labels))
+            require(names, "the projector gets no gradient when the other parts are frozen")
+            require(all(name.startswith("multi_modal_projector.") for name in names), "frozen parts get gradients")
+        finally:
+            self.model.gradient_checkpointing_disable()
+            self.model.requires_grad_(True)
+            self.model.zero_grad()
+            self.model.eval()
+
+    def checkpointing_parts(self) -> list[str]:
+        """The parts that support gradient checkpointing."""
+        parts = {"tower": self.model.vision_tower, "language model": self.model.language_model}
+        return [name for name, part in parts.items() if part.supports_gradient_checkpointing]
+
+    def _gradients(self, inputs, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.model.zero_grad()
+        torch.manual_seed(0)  # dropout
+        self.model(**inputs, labels=labels, use_cache=False).loss.backward()
+        return {
+            name: parameter.grad.clone()
+            for name, parameter in self.model.named_parameters()
+            if parameter.grad is not None
+        }
+
+    def check_cached_generation_equals_uncached(self) -> None:
+        inputs = self.one_picture()
+        cached = self.generate(inputs)
+        uncached = self.generate(inputs, use_cache=False)
+        require(
+            torch.equal(cached, uncached), f"with a cache {cached[0].tolist()}, without one {uncached[0].tolist()}"
+        )
+        require((cached != self.model.config.image_token_id).all(), "an image token is generated")
+        if not self.uses_cache():
+            require(
+                not bare_cache_works(self.bare_language_model, self.new_tokens),
+                "it generates without a cache, although the language model by itself can with one",
+            )
+
+    def uses_cache(self) -> bool:
+        return self.model.language_model_interface.spec["use_cache"]
+
+    def check_padding(self, tolerance: float = 1e-4) -> list[str]:
+        """A padded batch gives each sample's own logits, and a left-padded one each sample's own answer; or it is
+        refused, which it may be only where the bare language model cannot take it either.
+
+        Returns:
+            The sides, of `"left"` and `"right"`, on which padding is refused.
+        """
+        texts = ["w1 <image> w2", "w5 w6 w7 <image> w8 w9 w10 <image> w11", "w20 w21"]
+        pictures = [[picture(0)], [picture(1), picture(2)], []]
+        singles = [self.inputs([text], own) for text, own in zip(texts, pictures)]
+        alone = [self.logits(single)[0] for single in singles]
+        refused = []
+        for side in ("left", "right"):
+            batch = self.inputs(texts, pictures, padding_side=side)
+            try:
+                together = self.logits(batch)
+                answers = self.generate(batch) if side == "left" else None
+            except ValueError as error:
+                require(not bare_padding_works(self.bare_language_model, side), f"{side} padding is refused: {error}")
+                refused.append(side)
+                continue
+            for row, expected in enumerate(alone):
+                difference = _difference(together[row], expected, batch["attention_mask"][row])
+                if difference >= tolerance:  # of padding, or of a tower that rounds otherwise in a batch?
+                    with self._float64():
+                        expected, together64 = self.logits(singles[row])[0], self.logits(batch)[row]
+                    difference = _difference(together64, expected, batch["attention_mask"][row])
+                require(
+                    difference < tolerance, f"{side} padding changes the logits of sample {row} by {difference:.2g}"
+                )
+            if answers is not None:
+                for row, single in enumerate(singles):
+                    expected = self.generate(single)[0]
+                    require(torch.equal(answers[row], expected), f"{side} padding changes the answer to sample {row}")
+        return refused
+
+    @contextlib.contextmanager
+    def _float64(self):
+        """The model with weights and arithmetic in float64 for a while, where rounding explains nothing."""
+        self.model.double()
+        try:
+            yield
+        finally:
+            self.model.float()
+
+    def check_save_and_load(self, directory: Path, resize: bool = True) -> None:
+        """Exact after saving and loading, tied weights still tied; also after the vocabulary was resized."""
+        inputs = self.one_picture()
+        self._check_round_trip(directory / "first", inputs)
+        if resize:
+            self.model.resize_token_embeddings(len(self.processor.tokenizer) + 3)
+            require(
+                self.model.config.text_config.vocab_size == len(self.processor.tokenizer) + 3,
+                "the config has not the resized vocabulary",
+            )
+            self._check_round_trip(directory / "resized", inputs)
+
+    def _check_round_trip(self, directory: Path, inputs) -> None:
+        self.model.save_pretrained(directory)
+        self.processor.save_pretrained(directory)
+        loaded = AutoModelForCausalLM.from_pretrained(directory, **self.load_arguments)
+        for (
+            parameter
+        ) in loaded.parameters():  # weights mapped from a file are not aligned, and kernels then round else
+            parameter.data = parameter.data.clone()
+        found, expected = self._logits_of(loaded, inputs), self.logits(inputs)
+        require(
+            torch.equal(found, expected),
+            f"logits differ by {(found - expected).abs().max():.2g} after saving and loading",
+        )
+        require(
+            torch.equal(self.generate(inputs, model=loaded), self.generate(inputs)),
+            "another answer after saving and loading",
+        )
+        require(
+            is_tied(loaded) == is_tied(self.model) == is_tied(self.bare_language_model),
+            "tied weights are not tied after saving and loading",
+        )
+
+    def check_text_only_equals_bare_language_model(self) -> None:
+        vocab_size = self.bare_language_model.get_input_embeddings().weight.shape[0]
+        inputs = self.inputs(["w1 w2 w3 w4 w5 w6"], [])
+        with torch.no_grad():
+            expected = self.bare_language_model(**inputs).logits
+        found = self.logits(inputs)[..., :vocab_size]
+        require(
+            torch.equal(found, expected),
+            f"text alone gives logits that differ by {(found - expected).abs().max():.2g}",
+        )
+
+    def check_embeddings_equal_ids(self) -> None:
+        """Image tokens that are the embeddings of words give what those words' ids would: nothing is lost or scaled."""
+        inputs = self.one_picture()
+        ids = inputs["input_ids"]
+        image_mask = ids == self.model.config.image_token_id
+        words = 10 + torch.arange(int(image_mask.sum())) % 80
+        as_text = ids.clone()
+        as_text[image_mask] = words
+        with torch.no_grad():
+            tokens = self.model.get_input_embeddings()(words.unsqueeze(0))[0]
+            as_image = self.model(
+                input_ids=ids,
+                attention_mask=inputs["attention_mask"],
+                mm_encoder_outputs={"image": _Encoded([tokens])},
+            ).logits
+            expected = self.model.language_model(input_ids=as_text, attention_mask=inputs["attention_mask"]).logits
+        if self.model.language_model_interface.has_per_layer_inputs:
+            # The placeholders have no rows in the per-layer tables, by design of gemma3n; the text before is exact.
+            first = int(image_mask[0].nonzero()[0])
+            as_image, expected = as_image[:, :first], expected[:, :first]
+        torch.testing.assert_close(as_image, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def _difference(found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor) -> float:
+    """Largest difference of the logits of a padded sample `(sequence, vocabulary)` from those of the sample alone."""
+    return float((found[mask.bool()] - expected).abs().max())
+
+
+def bare_padding_works(language_model: nn.Module, side: str, tolerance: float = 1e-4) -> bool:
+    """Whether a language model by itself gives a padded text the logits of the text alone, as ids and as embeddings.
+
+    With positions that do not count padding where the model takes positions: the best that a caller can do.
+    """
+    parameters = inspect.signature(language_model.forward).parameters
+    texts = [[11, 12, 13, 14], [21, 22, 23, 24, 25, 26, 27, 28, 29]]
+    longest = max(map(len, texts))
+    ids = torch.full((len(texts), longest), 3)
+    mask = torch.zeros_like(ids)
+    for row, text in enumerate(texts):
+        columns = slice(longest - len(text), longest) if side == "left" else slice(0, len(text))
+        ids[row, columns] = torch.tensor(text)
+        mask[row, columns] = 1
+
+    def logits(ids: torch.Tensor, mask: torch.Tensor, embedded: bool) -> torch.Tensor:
+        arguments = {"attention_mask": mask}
+        if "position_ids" in parameters:
+            arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        if embedded:
+            return language_model(inputs_embeds=language_model.get_input_embeddings()(ids), **arguments).logits
+        return language_model(input_ids=ids, **arguments).logits
+
+    for embedded in (False, True) if "inputs_embeds" in parameters else (False,):
+        together = logits(ids, mask, embedded)
+        for row, text in enumerate(texts):
+            alone = torch.tensor([text])
+            expected = logits(alone, torch.ones_like(alone), embedded)[0]
+            if (together[row][mask[row].bool()] - expected).abs().max() >= tolerance:
+                return False
+    return True
+
+
+def bare_cache_works(language_model: nn.Module, new_tokens: int) -> bool:
+    """Whether a language model by itself continues a text with a cache as without, from ids and from embeddings."""
+    ids = torch.tensor([[11, 12, 13, 14, 15, 16]])
+    with torch.no_grad():
+        embeddings = language_model.get_input_embeddings()(ids)
+    arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    for inputs in ({"input_ids": ids}, {"inputs_embeds": embeddings}):
+        try:
+            cached, uncached = (
+                language_model.generate(**inputs, **arguments, do_sample=False, use_cache=use_cache)
+                for use_cache in (True, False)
+            )
+        except Exception:  # noqa: BLE001 - however it fails, it does not work
+            return False
+        if not torch.equal(cached, uncached):
+            return False
+    return True
+
+
+class _Encoded:
+    """Image features as `get_image_features` returns them."""
+
+    def __init__(self, pooler_output):
+        self.pooler_output = pooler_output
+
+
+def is_tied(model: nn.Module) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight

@@ -1,0 +1,230 @@
+"""Answer before anything is downloaded: can these two be composed, and what would the model be like?"""
+
+import contextlib
+import copy
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
+
+from ..configuration.image_tokens import image_grid, num_image_tokens
+from ..modeling.projectors import build_projector
+from .compatibility_report import CompatibilityReport
+from .compatibility_table import table_row
+from .errors import CompositionError
+from .image_processors import load_image_processor
+from .language_model_probe import probe_language_model
+from .model_sizes import (
+    TRAINING_SETUPS,
+    describe_part,
+    dtype_name,
+    embedding_width,
+    head_parameters,
+    measure_cache,
+    num_parameters,
+    training_bytes,
+)
+from .native_classes import describe_llava, describe_servers
+from .nearest import nearest_size, nearest_to_language_model, nearest_types_to
+from .parts import PartSource, pretrained_name
+from .probe import probe_vision_tower
+from .tokenizers import add_image_token, load_tokenizer, normalise_special_tokens
+from .weightless_parts import WeightlessPart, find_config, open_part, source_as_text
+
+
+def check(
+    vision: PartSource,
+    text: PartSource,
+    *,
+    projector: str | dict = "mlp",
+    image_size: int | tuple[int, int] | None = None,
+    tokenizer: PreTrainedTokenizerBase | str | None = None,
+    image_processor: BaseImageProcessor | str | None = None,
+    image_token: str = "<image>",
+    dtype: torch.dtype | str | None = None,
+    trust_remote_code: bool = False,
+) -> CompatibilityReport:
+    """Find out in seconds whether `compose` would join two parts, without reading or downloading weights.
+
+    The parts are built in full size without memory (the meta device), so their sizes are exact. What only arithmetic
+    shows is learned from small copies: the same config with fewer layers, and of language models smaller widths. Model
+    instances are run as they are, and left as they are.
+
+    Args:
+        vision: The tower, as for `compose`; or a model type such as `"dinov2"`, for that type's default config.
+        text: The language model, likewise, such as `"qwen3"`.
+        projector: As for `compose`, as are all that follow.
+
+    Returns:
+        A `CompatibilityReport`: `print(report)` reads well, `report.to_dict()` goes into JSON.
+
+    Raises:
+        OSError: a source is neither a folder, nor a model type, nor to be had from the Hub.
+        ValueError: the projector is not known.
+    """
+    started = time.monotonic()
+    projector_config = {"type": projector} if isinstance(projector, str) else dict(projector)
+    build_projector({"in_features": 1, "out_features": 1, **projector_config})
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    report = CompatibilityReport(vision=source_as_text(vision), text=source_as_text(text))
+    vision, text = (find_config(source, trust_remote_code) for source in (vision, text))
+    unknown: list[str] = []
+
+    with torch.random.fork_rng(), torch.no_grad(), _warnings_in(report.notes):
+        torch.manual_seed(0)
+        # In the order of `compose`, so that the first reason is the one that it would give.
+        language_model = _open("text", text, dtype, trust_remote_code, report)
+        tower = _open("vision", vision, dtype, trust_remote_code, report)
+        spec = None
+        if language_model is not None:
+            dtype = dtype or language_model.model.dtype
+            _examine_language_model(language_model, report, unknown)
+            _fit_tokenizer(language_model, tokenizer, text, image_token, trust_remote_code, report)
+        if tower is not None:
+            spec = _examine_tower(tower, vision, image_processor, image_size, trust_remote_code, report, unknown)
+        _describe(report, tower, language_model, spec, projector_config, dtype)
+
+    report.works = False if report.reasons else None if unknown else True
+    report.reasons = report.reasons or unknown
+    report.notes = list(dict.fromkeys(report.notes))
+    report.seconds = round(time.monotonic() - started, 2)
+    return report
+
+
+def _open(
+    kind: str, source: Any, dtype, trust_remote_code: bool, report: CompatibilityReport
+) -> WeightlessPart | None:
+    try:
+        return open_part(kind, source, dtype, trust_remote_code)
+    except CompositionError as error:
+        config = source.config if isinstance(source, PreTrainedModel) else source
+        report.reasons.append(str(error))
+        report.nearest += nearest_types_to(kind, config.model_type)
+        return None
+
+
+def _examine_language_model(part: WeightlessPart, report: CompatibilityReport, unknown: list[str]) -> None:
+    """Whether it is causal and takes embeddings: the same check as when composing, on a model that can be run."""
+    try:
+        part.examine(_takes_embeddings)
+        _consult_table(part, report, unknown)
+    except CompositionError as error:
+        report.reasons.append(str(error))
+        report.nearest += nearest_to_language_model(part.model)
+
+
+def _takes_embeddings(language_model: PreTrainedModel) -> bool:
+    probe_language_model(language_model)
+    return True
+
+
+def _examine_tower(
+    part: WeightlessPart, source, image_processor, image_size, trust_remote_code: bool, report, unknown: list[str]
+) -> dict | None:
+    """The tower's `vision_tower_spec`; `None` if it is refused or not known, with the reason in the report."""
+    try:
+        _, size = load_image_processor(image_processor, source, part.model, image_size, trust_remote_code)
+        report.image_size = size
+        spec = part.examine(lambda tower: probe_vision_tower(tower, size))
+        _consult_table(part, report, unknown)
+        return spec
+    except CompositionError as error:
+        report.reasons.append(str(error))
+        fitting = [] if part.run is None else nearest_size(part.run, part.model.config)
+        report.nearest += fitting or nearest_types_to("vision", part.model.config.model_type)
+    return None
+
+
+def _consult_table(part: WeightlessPart, report: CompatibilityReport, unknown: list[str]) -> None:
+    missing = part.consult_table()
+    if missing is not None:
+        unknown.append(missing)
+    row = table_row(part.kind, part.model.config.model_type) or {"marks": []}
+    report.notes += [f"{type(part.model).__name__}: {mark}." for mark in row["marks"]]
+
+
+def _fit_tokenizer(
+    part: WeightlessPart, tokenizer, source, image_token: str, trust_remote_code: bool, report: CompatibilityReport
+) -> None:
+    """Go through what composing does with the tokenizer, on the model without weights."""
+    if tokenizer is None and not pretrained_name(source):
+        report.notes.append("Composing needs tokenizer=…: this language model does not say which one it goes with.")
+        return
+    language_model = part.model
+    try:
+        try:
+            tokenizer = copy.deepcopy(load_tokenizer(tokenizer, source, trust_remote_code))
+        except (OSError, ValueError) as error:
+            if tokenizer is not None:
+                raise
+            report.notes.append(
+                f"Composing needs tokenizer=…: none could be loaded with the language model ({_first_line(error)})."
+            )
+            return
+        normalise_special_tokens(tokenizer, language_model)
+        rows = language_model.get_input_embeddings().weight.shape[0]
+        needed = len(tokenizer) + (image_token not in tokenizer.get_vocab())
+        if needed > rows:
+            # Without weights there is no mean to start new rows from.
+            language_model.resize_token_embeddings(needed, mean_resizing=False)
+        add_image_token(tokenizer, language_model, image_token)
+        report.new_embedding_rows = max(0, needed - rows)
+    except (OSError, ValueError) as error:
+        report.reasons.append(str(error))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].rstrip(".")
+
+
+def _describe(report: CompatibilityReport, tower, language_model, spec, projector_config: dict, dtype) -> None:
+    """Write into the report what the parts that could be built are like."""
+    parts = report.parts
+    if tower is not None:
+        parts.append(describe_part("vision_tower", tower.model, tower.known_from))
+    if spec is not None:
+        report.grid = image_grid(spec, *report.image_size)
+        report.tokens_per_picture = num_image_tokens(spec, projector_config, *report.image_size)
+    if language_model is None:
+        return
+    model = language_model.model
+    if spec is not None:
+        widths = {"in_features": spec["hidden_size"], "out_features": embedding_width(model)}
+        with torch.device("meta"):
+            projector = build_projector({**widths, **projector_config})
+        parts.append(describe_part("multi_modal_projector", projector, "its config"))
+    parts.append(describe_part("language_model", model, language_model.known_from))
+    report.dtype = dtype_name(dtype)
+    report.embedding_parameters = num_parameters(model.get_input_embeddings())
+    report.head_parameters = head_parameters(model)
+    report.max_position_embeddings = getattr(model.config, "max_position_embeddings", None)
+    if report.reasons or report.parameters is None:
+        return
+    report.cache = measure_cache(model, dtype)
+    report.trainable = list(TRAINING_SETUPS["everything"])
+    report.training_bytes = training_bytes(parts, dtype)
+    report.native_classes["LlavaForConditionalGeneration"] = describe_llava(tower, language_model, spec)
+    report.servers = describe_servers(tower.model, model)
+    if report.context_share and report.context_share > 0.5:
+        report.notes.append(
+            "One picture takes more than half of the context. A smaller image_size=… gives fewer tokens."
+        )
+
+
+@contextlib.contextmanager
+def _warnings_in(notes: list[str]) -> Iterator[None]:
+    """Collect what composing would warn about, instead of showing it."""
+    logger = logging.getLogger(__package__)
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: notes.append(record.getMessage())
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate

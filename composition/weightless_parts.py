@@ -1,0 +1,152 @@
+"""Parts without their weights: opened from a config, and run as small copies where a real run is needed."""
+
+import difflib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from .compatibility_table import table_row
+from .errors import CompositionError
+from .parts import PartSource, load_language_model, load_vision_tower
+from .small_copies import build_on_meta, real_copies, shallow_copy, thin_copy, tiny_copy
+
+
+@dataclass
+class WeightlessPart:
+    """A part in full size on the meta device, and what it was run as.
+
+    Args:
+        kind: `"vision"` or `"text"`.
+        model: The whole part, without memory.
+        given: The instance that was passed, if it has weights.
+        run: The model that was run for real: `given`, or a copy with random weights.
+        known_from: In words, what was run.
+        trouble: Why nothing could be run.
+    """
+
+    kind: str
+    model: PreTrainedModel
+    given: PreTrainedModel | None = None
+    run: PreTrainedModel | None = None
+    known_from: str = "not known"
+    trouble: str = "it is too large, and its config says nothing that could be made smaller"
+
+    def examine(self, look: Callable[[PreTrainedModel], Any]) -> Any:
+        """What `look` returns for the instance that was passed, or for the first copy that it can run.
+
+        A copy may be refused for being a copy (too few layers for what its config names), so the whole part, where it
+        is small enough, has the last word. Returns `None` if nothing could be run; `trouble` then says why.
+
+        Raises:
+            CompositionError: it is refused.
+        """
+        refusal = None
+        for model in [self.given] if self.given is not None else self._copies():
+            result = None
+            try:
+                result, refusal = look(model), None
+            except CompositionError as error:
+                refusal = error
+            except Exception as error:  # noqa: BLE001 - a copy whose sizes do not go together fails in any way
+                self.trouble = f"{type(error).__name__}: {error}"
+                continue
+            if refusal is None or self.run is None:
+                whole = _num_parameters(model) == _num_parameters(self.model)
+                self.run, self.known_from = model, "run whole, here" if whole else "run here as a small copy"
+            if refusal is None:
+                return result
+        if refusal is not None:
+            raise refusal
+        return None
+
+    def consult_table(self) -> str | None:
+        """Complete what was run by what the computed table says of the type. Returns why nothing is known, or `None`.
+
+        Raises:
+            CompositionError: nothing could be run, and the table says that the type is refused; or that it fails.
+        """
+        model_type = self.model.config.model_type
+        row = table_row(self.kind, model_type)
+        if row is not None and (row["status"] == "fails" or (row["status"] == "refused" and self.run is None)):
+            raise CompositionError(row["reason"])
+        if self.run is not None:
+            return None
+        if row is None:
+            return (
+                f"{type(self.model).__name__} could not be run here as a small copy ({self.trouble}), and the table of "
+                f"types that were tried has no {model_type!r}."
+            )
+        self.known_from = "the table of types that were tried"
+        return None
+
+    def _copies(self):
+        config = self.model.config
+        makers = (shallow_copy, thin_copy) if self.kind == "vision" else (tiny_copy, shallow_copy)
+        return real_copies(type(self.model), config, [make(config) for make in makers])
+
+
+def open_part(kind: str, source: PartSource, dtype: torch.dtype | None, trust_remote_code: bool) -> WeightlessPart:
+    """The part as `compose` would take it from `source`, on the meta device.
+
+    Raises:
+        CompositionError: there is no such part in it, or its config cannot be built.
+    """
+    load: Callable = load_vision_tower if kind == "vision" else load_language_model
+    if isinstance(source, PreTrainedModel):
+        given = load(source)
+        has_weights = not any(parameter.is_meta for parameter in given.parameters())
+        return WeightlessPart(
+            kind, build_on_meta(type(given), given.config, given.dtype), given if has_weights else None
+        )
+    try:
+        with torch.device("meta"):
+            return WeightlessPart(kind, load(source, dtype, trust_remote_code).eval())
+    except CompositionError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a config's values may not go together, which shows in any way
+        raise CompositionError(
+            f"A {source.model_type!r} model cannot be built from this config: {type(error).__name__}: {error}"
+        ) from error
+
+
+def find_config(source: PartSource, trust_remote_code: bool) -> PreTrainedConfig | PreTrainedModel:
+    """The config of a path, a Hub id or a model type; instances and configs as they are.
+
+    Only `config.json` is read. The config remembers where it came from, so that tokenizer and image processor are
+    found there.
+
+    Raises:
+        OSError: it is none of these.
+    """
+    if isinstance(source, (PreTrainedModel, PreTrainedConfig)):
+        return source
+    name = os.fspath(source)
+    if not os.path.exists(name) and name in CONFIG_MAPPING:
+        return CONFIG_MAPPING[name]()
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        if os.path.exists(name):
+            raise
+        alike = difflib.get_close_matches(name, CONFIG_MAPPING, n=3)
+        nearest = f" (nearest: {', '.join(alike)})" if alike else ""
+        raise OSError(
+            f"{name} is no folder here and no model type of transformers{nearest}, and could not be had from the Hub: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    config.name_or_path = name
+    return config
+
+
+def source_as_text(source: PartSource) -> str:
+    if isinstance(source, (PreTrainedModel, PreTrainedConfig)):
+        return source.name_or_path or type(source).__name__
+    return os.fspath(source)
+
+
+def _num_parameters(model: PreTrainedModel) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
