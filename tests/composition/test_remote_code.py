@@ -22,13 +22,14 @@ from remote_checkpoints import (
     use_remote_tokenizer,
     write_remote_part,
 )
-from test_checkpoint import check_three_generations, load_in_fresh_process, save_with_answers
+from test_checkpoint import FRESH_LOAD, check_three_generations, load_in_fresh_process, save_with_answers
 from tiny_parts import text_config, tiny_tokenizer, vision_config
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, Trainer, TrainingArguments
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import anyvlm
 from anyvlm.composition.remote_code import RemoteCode, find_remote_code, rewrite_part_code
+from anyvlm.publishing.fresh_process import run_in_fresh_process
 from anyvlm.publishing.static_checks import check_files
 
 
@@ -100,7 +101,7 @@ class TestPair:
         tester.check_cached_generation_equals_uncached()
 
     def test_padding(self, tester):
-        tester.check_left_padding()
+        tester.check_padding()
 
     def test_text_only_equals_bare_language_model(self, tester):
         tester.check_text_only_equals_bare_language_model()
@@ -383,21 +384,40 @@ class TestSources:
         with pytest.raises(anyvlm.CompositionError, match="AutoModelForCausalLM for a language model"):
             compose_remote(sources, "tower")
 
-    def test_origin_and_revision_of_a_hub_repository(self, tmp_path, monkeypatch, sources):
-        """As transformers' cache of the Hub has them; the part's code says where it came from."""
-        revision = "0123456789abcdef0123456789abcdef01234567"
-        repository = tmp_path / "models--someone--made-up-lm"
-        snapshot = shutil.copytree(sources / "old_style_lm", repository / "snapshots" / revision)
-        (repository / "refs").mkdir()
-        (repository / "refs" / "main").write_text(revision)
-        home = tmp_path / "home"
-        shutil.copytree(repository, home / "hub" / repository.name)
-        shutil.rmtree(snapshot.parents[1])
-        run_python(COMPOSE_FROM_HUB, home, "someone/made-up-lm", tmp_path / "checkpoint")
-        part_code = json.loads((tmp_path / "checkpoint" / "config.json").read_text())["text_config"]["part_code"]
+    def test_repositories_of_the_hub(self, tmp_path, sources):
+        """As transformers' cache of the Hub has them: the part's code says where it came from, and what was composed is
+        loaded from the Hub where the package is imported and where it is not."""
+        hub = tmp_path / "home" / "hub"
+        revision = put_in_hub_cache(sources / "old_style_lm", hub, "someone/made-up-lm")
+        run_python(COMPOSE_FROM_HUB, tmp_path / "home", "someone/made-up-lm", tmp_path / "one")
+        part_code = json.loads((tmp_path / "one" / "config.json").read_text())["text_config"]["part_code"]
         assert part_code["origin"] == "someone/made-up-lm" and part_code["revision"] == revision
-        entry = (tmp_path / "checkpoint" / "language_model_code.py").read_text()
+        entry = (tmp_path / "one" / "language_model_code.py").read_text()
         assert f"copied from someone/made-up-lm at revision {revision}" in entry
+
+        shutil.rmtree(hub)
+        put_in_hub_cache(tmp_path / "one", hub, "me/made-up.vlm")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "one", trust_remote_code=True)
+        processor = AutoProcessor.from_pretrained(tmp_path / "one", trust_remote_code=True)
+        answers = save_with_answers(model, processor, tmp_path / "local")
+        run_python(LOAD_WITH_PACKAGE, tmp_path / "home", "me/made-up.vlm", answers, tmp_path / "two")
+        result = run_in_fresh_process(
+            FRESH_LOAD, "me/made-up.vlm", answers, tmp_path / "three", extra_env={"HF_HUB_CACHE": str(hub)}
+        )
+        assert set(json.loads(result.stdout.splitlines()[-1])["differences"].values()) == {0.0}
+        for copy in ("two", "three"):
+            check_files(tmp_path / copy)
+            assert code_names(tmp_path / copy) == code_names(tmp_path / "one")
+
+
+def put_in_hub_cache(directory: Path, hub: Path, repo_id: str) -> str:
+    """Put a folder where huggingface_hub keeps a repository that it downloaded; returns the commit."""
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    repository = hub / f"models--{repo_id.replace('/', '--')}"
+    shutil.copytree(directory, repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    return revision
 
 
 class TestRewriting:
@@ -572,4 +592,5 @@ model, processor = anyvlm.compose(
     vision=vision_config("clip_vision_model"), text=sys.argv[1], image_size=32, trust_remote_code=True
 )
 model.save_pretrained(sys.argv[2])
+processor.save_pretrained(sys.argv[2])
 """
