@@ -380,6 +380,13 @@ class TestSources:
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "one", trust_remote_code=True)
         assert hasattr(loaded.language_model.model.layers[0], "depth_factor")
 
+    def test_check_without_weights(self, tmp_path, sources):
+        source = {part: shutil.copytree(sources / part, tmp_path / part) for part in ("tower", "scaled_lm")}
+        for folder in source.values():
+            (folder / "model.safetensors").unlink()
+        report = anyvlm.check(source["tower"], source["scaled_lm"], trust_remote_code=True)
+        assert report.works and "ScaledForCausalLM" in str(report)
+
     def test_checkpoint_without_a_model_class_for_the_task_is_refused(self, tmp_path, sources):
         with pytest.raises(anyvlm.CompositionError, match="AutoModelForCausalLM for a language model"):
             compose_remote(sources, "tower")
