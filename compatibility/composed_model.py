@@ -8,6 +8,7 @@ import contextlib
 import copy
 import inspect
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -51,6 +52,9 @@ class ComposedModel:
     Raises:
         CompositionError: the parts cannot be composed.
     """
+
+    #: For `from_pretrained`; parts with code of their own need `trust_remote_code`.
+    load_arguments: ClassVar[dict] = {}
 
     def __init__(
         self,
@@ -267,7 +271,7 @@ class ComposedModel:
     def _check_round_trip(self, directory: Path, inputs) -> None:
         self.model.save_pretrained(directory)
         self.processor.save_pretrained(directory)
-        loaded = AutoModelForCausalLM.from_pretrained(directory)
+        loaded = AutoModelForCausalLM.from_pretrained(directory, **self.load_arguments)
         for (
             parameter
         ) in loaded.parameters():  # weights mapped from a file are not aligned, and kernels then round else

@@ -67,7 +67,8 @@ def compose(
         vision_feature_layer: `None` for the tower's last hidden state; an index or indices into its hidden states.
         vision_feature_select_strategy: `"default"` for the patches, `"full"` for every token of the tower.
         dtype: One dtype for the whole model. Default: the language model's.
-        trust_remote_code: Allow parts whose code is in their own checkpoint.
+        trust_remote_code: Allow parts whose code is in their own checkpoint. That code is run, and a copy of it is saved
+            with the model.
         seed: For what is random: the projector, new embedding rows, and parts given as configs.
 
     Returns:
@@ -98,7 +99,6 @@ def compose(
             "text": _origin(text, "text"),
         }
         for part in (vision_tower, language_model):
-            _refuse_remote_code(part)
             _cast(part, dtype)
 
         language_model_spec = probe_language_model(language_model)
@@ -182,14 +182,6 @@ def _match_embedding_scale(model: AnyVlmForConditionalGeneration, features: torc
     scale = embedding_rms(model.language_model) / tokens.square().mean().sqrt().clamp(min=1e-12)
     projector.output_layer.weight.mul_(scale)
     projector.to(dtype)
-
-
-def _refuse_remote_code(part: nn.Module) -> None:
-    if part.is_remote_code():
-        raise CompositionError(
-            f"The code of {type(part).__name__} is in its own checkpoint and would not be saved with the model. Parts "
-            "with remote code are not supported yet; the nearest that works is a part of a type that transformers has."
-        )
 
 
 def _cast(part: nn.Module, dtype: torch.dtype) -> None:

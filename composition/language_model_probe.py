@@ -157,7 +157,8 @@ class _Probe:
         if outputs.hidden_states and outputs.hidden_states[0].shape == embedded.shape:
             ratio = float((outputs.hidden_states[0].float() / embedded.float()).nanmedian())
             # The config states the factor more exactly than a ratio of rounded numbers does.
-            stated = [value for value in self.language_model.config.to_dict().values() if isinstance(value, float)]
+            values = self.language_model.config.to_dict().values()
+            stated = [float(value) for value in values if isinstance(value, (int, float))]
             scale = min([*stated, ratio], key=lambda value: (abs(value - ratio) > 0.01 * abs(ratio), value == ratio))
             if self._embeddings_are_ids(embedded, {**spec, "embedding_scale": scale}):
                 return scale

@@ -15,6 +15,7 @@ from transformers import (
     MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
@@ -23,10 +24,13 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ..configuration.part_code import part_config_class
 from ..modeling.language_models import build_language_model, causal_lm_class
+from ..modeling.parts import own_model_class, restore_computed_tensors
 from ..modeling.vision_towers import vision_tower_class
 from .errors import CompositionError
 from .language_model_probe import sees_later_tokens
+from .remote_code import RemoteCode, bundle_remote_code, find_remote_code, is_remote
 
 
 logger = logging.getLogger(__name__)
@@ -41,7 +45,10 @@ def load_vision_tower(source: PartSource, dtype: torch.dtype | None = None, trus
         CompositionError: there is no tower in it, or its weights are not all there.
     """
     if isinstance(source, PreTrainedModel):
-        return _vision_part(source)
+        return _adopt(_vision_part(source), AutoModel, "vision_config", trust_remote_code)
+    code = find_remote_code(source, "AutoModel", trust_remote_code)
+    if code is not None:
+        return _load_remote(source, code, AutoModel, "vision_config", dtype)
     whole_config = _config_of(source, trust_remote_code)
     config = vision_config_of(whole_config)
     tower_class = vision_tower_class(config)
@@ -84,15 +91,23 @@ def load_language_model(source: PartSource, dtype: torch.dtype | None = None, tr
     """
     if isinstance(source, PreTrainedModel):
         if isinstance(getattr(source.config, "text_config", None), PreTrainedConfig):
-            return _text_part(source)
+            return _adopt(_text_part(source), AutoModelForCausalLM, "text_config", trust_remote_code)
         if source.config.is_encoder_decoder:
             return _decoder_part(source)
         if not source.can_generate():
+            if is_remote(type(source)) and source.get_output_embeddings() is not None:
+                raise CompositionError(
+                    f"This {type(source).__name__} cannot generate: transformers adds that to code of its age "
+                    "only the first time an Auto class loads it in a process. Pass its path or Hub id."
+                )
             raise CompositionError(
                 f"{type(source).__name__} has no language model head. Pass the causal LM, loaded with "
                 "AutoModelForCausalLM."
             )
-        return source
+        return _adopt(source, AutoModelForCausalLM, "text_config", trust_remote_code)
+    code = find_remote_code(source, "AutoModelForCausalLM", trust_remote_code)
+    if code is not None:
+        return _load_remote(source, code, AutoModelForCausalLM, "text_config", dtype)
     config = _config_of(source, trust_remote_code)
     text_config = _sub_config(config, "text_config")
     if causal_lm_class(text_config) is None:
@@ -267,7 +282,52 @@ def _vision_part(model: PreTrainedModel) -> PreTrainedModel:
     )
 
 
-def _load(auto_class, source: PartSource, config: PreTrainedConfig, dtype, trust_remote_code: bool) -> nn.Module:
+def _load_remote(
+    source: PartSource, code: RemoteCode, auto_class: type, key: str, dtype: torch.dtype | None
+) -> PreTrainedModel:
+    """A part with code of its own, built from the copy of that code which will travel with the model."""
+    part_code = bundle_remote_code(code, key)
+    config_class = part_config_class(part_code)
+    if isinstance(source, PreTrainedConfig):
+        config = config_class.from_dict(source.to_dict())
+    else:
+        config = config_class.from_pretrained(source)
+    for name in ("vision_config", "text_config"):
+        if isinstance(getattr(config, name, None), PreTrainedConfig):
+            raise CompositionError(
+                f"{config_class.__name__} is a model of several parts with code of its own, from which one part cannot be "
+                "taken. Load it, and pass the part as an instance."
+            )
+    if key == "text_config" and config.is_encoder_decoder:
+        raise CompositionError(f"{config_class.__name__} is an encoder-decoder model. Pass a decoder.")
+    config.part_code = part_code
+    if isinstance(source, PreTrainedConfig):
+        config.dtype = dtype or config.dtype or torch.get_default_dtype()
+        return own_model_class(auto_class, config)._from_config(config)
+    model = _load(own_model_class(auto_class, config), source, config, dtype)
+    restore_computed_tensors(model)
+    return model
+
+
+def _adopt(model: PreTrainedModel, auto_class: type, key: str, trust_remote_code: bool) -> PreTrainedModel:
+    """An instance as it is; if its class is code of a checkpoint, its config learns where the copy of that is."""
+    code = find_remote_code(model, auto_class.__name__, trust_remote_code)
+    if code is not None and getattr(model.config, "part_code", None) is None:
+        model.config.part_code = bundle_remote_code(code, key)
+        changed = restore_computed_tensors(model)
+        if changed:
+            logger.warning(
+                "%s held other values than its code computes in %s, as transformers 5 leaves tensors that are in no "
+                "checkpoint. They were computed again.",
+                type(model).__name__,
+                ", ".join(changed[:5]) + (" …" if len(changed) > 5 else ""),
+            )
+    return model
+
+
+def _load(
+    auto_class, source: PartSource, config: PreTrainedConfig, dtype, trust_remote_code: bool | None = None
+) -> nn.Module:
     if isinstance(source, PreTrainedConfig):
         kwargs = {} if dtype is None else {"dtype": dtype}
         return auto_class.from_config(config, trust_remote_code=trust_remote_code, **kwargs)
@@ -275,8 +335,8 @@ def _load(auto_class, source: PartSource, config: PreTrainedConfig, dtype, trust
         source,
         config=config,
         dtype=dtype or "auto",
-        trust_remote_code=trust_remote_code,
         output_loading_info=True,
+        **({} if trust_remote_code is None else {"trust_remote_code": trust_remote_code}),
     )
     # What a tower's pooling head lacks is no loss here: patches are read before it.
     missing = sorted(key for key in info["missing_keys"] if not key.startswith(("pooler.", "head.")))

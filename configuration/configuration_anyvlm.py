@@ -7,7 +7,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import CONFIG_NAME, logging
 
-from .checkpoint_code import AUTO_MAP, write_checkpoint_code
+from .checkpoint_code import AUTO_MAP, PART_MODULES, write_checkpoint_code
+from .part_code import part_config, part_sources
 
 
 logger = logging.get_logger(__name__)
@@ -66,6 +67,10 @@ class AnyVlmConfig(PreTrainedConfig):
     code_version: str | None = None
 
     def __post_init__(self, **kwargs):
+        for key in PART_MODULES:
+            values = getattr(self, key)
+            if isinstance(values, dict) and values.get("part_code"):
+                setattr(self, key, part_config(key, values, __package__))
         super().__post_init__(**kwargs)
         _check_choice("fusion", self.fusion, FUSIONS)
         _check_choice("image_attention", self.image_attention, IMAGE_ATTENTIONS)
@@ -87,6 +92,8 @@ class AnyVlmConfig(PreTrainedConfig):
             if isinstance(output.get(key), dict):
                 output[key].pop("_name_or_path", None)
                 output[key].pop("auto_map", None)
+                if output[key].get("part_code"):
+                    output[key]["part_code"].pop("package", None)
         return output
 
     def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
@@ -97,7 +104,8 @@ class AnyVlmConfig(PreTrainedConfig):
         if os.path.basename(json_file_path) == CONFIG_NAME:
             self.auto_map = dict(AUTO_MAP)
             self.code_version = CODE_VERSION
-            write_checkpoint_code(os.path.dirname(os.path.abspath(json_file_path)))
+            parts = {module: part_sources(getattr(self, key)) for key, module in PART_MODULES.items()}
+            write_checkpoint_code(os.path.dirname(os.path.abspath(json_file_path)), parts)
         super().to_json_file(json_file_path, use_diff=use_diff)
 
     @classmethod

@@ -20,6 +20,8 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from .parts import own_model_class
+
 
 DEFAULT_SPEC = {
     "position_offset": 0,
@@ -50,6 +52,10 @@ def causal_lm_class(text_config: PreTrainedConfig) -> type[PreTrainedModel] | No
 
 def build_language_model(text_config: PreTrainedConfig, **kwargs) -> PreTrainedModel:
     """The whole causal LM, with random weights. `kwargs` as for `AutoModelForCausalLM.from_config`."""
+    own_class = own_model_class(AutoModelForCausalLM, text_config)
+    if own_class is not None:
+        kwargs.pop("trust_remote_code", None)
+        return own_class._from_config(text_config, **kwargs)
     model_class = None if type(text_config) in MODEL_FOR_CAUSAL_LM_MAPPING else causal_lm_class(text_config)
     if model_class is None:
         return AutoModelForCausalLM.from_config(text_config, **kwargs)

@@ -19,6 +19,7 @@ from .language_models import (
     labelled_positions,
     resize_vocabulary,
 )
+from .parts import restore_computed_tensors, trusted_config
 from .picture_inputs import PROCESSOR_KEYS
 from .projectors import build_projector
 from .vision_towers import build_vision_tower, call_vision_tower, read_features
@@ -373,8 +374,10 @@ class AnyVlmModel(PreTrainedModel):
         """As transformers', but a weight that the checkpoint lacks is an error, never a random weight.
 
         Raises:
-            ValueError: the checkpoint lacks weights; the message names them.
+            ValueError: the checkpoint lacks weights; the message names them. Or a part has code of its own, and
+                `trust_remote_code=True` was not passed.
         """
+        kwargs = trusted_config(cls.config_class, pretrained_model_name_or_path, kwargs)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
@@ -385,6 +388,8 @@ class AnyVlmModel(PreTrainedModel):
                 f"{pretrained_model_name_or_path} lacks {len(missing)} weights of the model: {named}. They would be "
                 "random, so nothing is loaded. Save the checkpoint again with save_pretrained, whole."
             )
+        for part in (model.vision_tower, model.language_model):
+            restore_computed_tensors(part)
         return (model, info) if output_loading_info else model
 
     @classmethod

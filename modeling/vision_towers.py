@@ -23,8 +23,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_BACKBONE_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_BACKBONE_MAPPING, MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 
+from .parts import own_model_class
 from .picture_inputs import picture_kinds, tower_arguments
 
 
@@ -44,6 +45,9 @@ def vision_tower_class(vision_config: PreTrainedConfig) -> type[PreTrainedModel]
     Some vision parts are in no mapping of transformers (those of metaclip_2, blip_2, qwen2_vl, …). Their class is in
     the modeling file of the config's folder: of the classes made for this config, the first that takes pixels.
     """
+    own_class = own_model_class(AutoModel, vision_config)
+    if own_class is not None:
+        return own_class
     for mapping in (MODEL_MAPPING, MODEL_FOR_BACKBONE_MAPPING):
         if type(vision_config) in mapping:
             found = mapping[type(vision_config)]

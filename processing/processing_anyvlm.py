@@ -51,6 +51,9 @@ class AnyVlmProcessor(ProcessorMixin):
                 f"{image_token!r} is not a token of the tokenizer. Load the processor from a composed checkpoint, or "
                 "make it with anyvlm.compose, which adds the token."
             )
+        # A tokenizer remembers in its file on which side it padded last (the right, after training), and what it was loaded
+        # with overrides a processor's defaults.
+        tokenizer.padding_side = AnyVlmProcessorKwargs._defaults["text_kwargs"]["padding_side"]
         self.vision_tower_spec = vision_tower_spec
         self.projector_config = projector_config
         super().__init__(image_processor, tokenizer, chat_template=chat_template)

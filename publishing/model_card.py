@@ -10,9 +10,10 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData, get_local_safetensors_metadata
 
+from ..configuration.checkpoint_code import PART_MODULES, checkpoint_sources, part_files
 from .errors import PublishingError
 from .fresh_process import FreshCheck
-from .static_checks import read_json
+from .static_checks import code_files, read_json
 
 
 CARD_NAME = "README.md"
@@ -144,6 +145,7 @@ def build_model_card(
         "## Load it and ask\n\nThe model's code is in this repository: it needs `transformers`, `torch` and `pillow`, "
         "and no other package. Read the code before you trust it; `revision=` pins it to a commit. While the "
         f"repository is private, log in first with `hf auth login`.\n\n```python\n{snippet}\n```",
+        *([f"## Code of others\n\n{others}"] if (others := _code_of_others(checkpoint, config)) else []),
         *([f"## Results\n\nAs reported by the author.\n\n{_results_table(results)}"] if results else []),
         f"## How it was checked\n\n{_how_it_was_checked(check)}",
         f"## Limitations\n\n{_limitations(config, check, results)}",
@@ -202,6 +204,32 @@ def _parts_table(parts: list[PartFacts]) -> str:
             origin, license = "part of this model", "that of this model"
         rows.append([part.title, f"`{part.model_type}`", origin, license, readable_count(part.parameters)])
     return _table(["Part", "Type", "From", "Licence", "Parameters"], rows)
+
+
+def _code_of_others(checkpoint: Path, config: dict) -> str:
+    """Where the code comes from that is run with this model and is neither transformers' nor anyvlm's."""
+    points, known = [], set(checkpoint_sources())
+    for title, key, _ in _PARTS.values():
+        part_code = (config.get(key) or {}).get("part_code")
+        if part_code:
+            module = PART_MODULES[key]
+            known |= part_files(checkpoint, module).keys()
+            origin = part_code.get("origin")
+            where = f"[{origin}](https://huggingface.co/{origin})" if origin else "a place that is not recorded"
+            commit = part_code.get("revision")
+            revision = f"commit `{commit}`" if commit else "a version that is not recorded"
+            points.append(
+                f"{title}: `{module}*.py`, copied from {where}, {revision}. Only imports were rewritten. SHA-256 of the "
+                f"files: `{part_code['sha256']}`; other files are not run in their place."
+            )
+    for name in sorted(code_files(checkpoint) - known):
+        points.append(f"`{name}`: of the tokenizer or the image processor, as it was where those came from.")
+    if not points:
+        return ""
+    return (
+        "These files came with the parts, and `trust_remote_code=True` runs them. The licence of the part is theirs too.\n\n"
+        + "\n".join(f"- {point}" for point in points)
+    )
 
 
 def _numbers_table(config: dict, parts: list[PartFacts], check: FreshCheck) -> str:

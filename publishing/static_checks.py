@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers.dynamic_module_utils import get_relative_imports
 
-from ..configuration.checkpoint_code import AUTO_MAP
+from ..configuration.checkpoint_code import AUTO_MAP, PART_MODULES, part_files
+from ..configuration.part_code import code_hash
 from .errors import PublishingError
 from .files import files_to_publish
 
@@ -45,8 +46,11 @@ def check_files(checkpoint: str | os.PathLike) -> None:
         except PublishingError as error:
             problems.append(str(error))
     problems += _auto_map_problems(checkpoint, configs)
+    problems += _part_code_problems(checkpoint, configs.get("config.json", {}))
     problems += _weight_problems(checkpoint)
-    if not any(path for pattern in _VOCABULARIES for path in checkpoint.glob(pattern)):
+    # A tokenizer with code of its own may call its vocabulary as it likes; the fresh process loads it.
+    own_tokenizer = "AutoTokenizer" in (configs.get("tokenizer_config.json", {}).get("auto_map") or {})
+    if not own_tokenizer and not any(path for pattern in _VOCABULARIES for path in checkpoint.glob(pattern)):
         problems.append("the tokenizer's vocabulary is missing (tokenizer.json or another): save the processor too")
     for name, config in configs.items():
         for where, value in _local_paths(config):
@@ -100,9 +104,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _auto_map_values(config: dict[str, Any]) -> list[str]:
-    """The classes it names; tokenizers name a slow and a fast one, of which one may be null."""
-    auto_map = config.get("auto_map")
-    values = auto_map.values() if isinstance(auto_map, dict) else []
+    """The classes it names; tokenizers name a slow and a fast one, of which one may be null. An image processor's own
+    are in its part of the processor's config."""
+    auto_maps = [config.get("auto_map"), (config.get("image_processor") or {}).get("auto_map")]
+    values = [value for auto_map in auto_maps if isinstance(auto_map, dict) for value in auto_map.values()]
     flat = [item for value in values for item in (value if isinstance(value, list) else [value])]
     return [value for value in flat if isinstance(value, str)]
 
@@ -125,6 +130,18 @@ def _auto_map_problems(checkpoint: Path, configs: dict[str, dict]) -> list[str]:
     missing = sorted(name for name in _code_files(checkpoint, configs.values()) if not (checkpoint / name).is_file())
     if missing:
         problems.append(f"code that auto_map leads to is missing: {', '.join(missing)}")
+    return problems
+
+
+def _part_code_problems(checkpoint: Path, config: dict) -> list[str]:
+    """Parts' own code that is not the one that `config.json` was saved with."""
+    problems = []
+    for key, module in PART_MODULES.items():
+        part_code = (config.get(key) or {}).get("part_code")
+        if part_code and code_hash(part_files(checkpoint, module)) != part_code.get("sha256"):
+            problems.append(
+                f"{module}*.py are not the files that config.json was saved with, so the model would not load: save it again"
+            )
     return problems
 
 

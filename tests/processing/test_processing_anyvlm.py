@@ -56,6 +56,16 @@ def test_pads_on_the_left_by_default(processor):
     assert ids[0, 0] == processor.tokenizer.pad_token_id
 
 
+def test_pads_on_the_left_when_loaded_after_padding_on_the_right(processor, tmp_path):
+    processor(
+        text=["w1", "w1 w2 w3"], padding=True, padding_side="right"
+    )  # as in training; the tokenizer's file has it
+    processor.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    ids = loaded(text=["w1", "w1 w2 w3"], padding=True, return_tensors="pt")["input_ids"]
+    assert ids[0, 0] == processor.tokenizer.pad_token_id
+
+
 def test_nested_and_flat_pictures_agree(processor):
     texts = ["w1 <image>", "w2", "<image> w3 <image>"]
     a, b, c = picture(0), picture(1), picture(2)

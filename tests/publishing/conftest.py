@@ -4,6 +4,7 @@ import os
 import shutil
 
 import pytest
+from remote_checkpoints import use_remote_image_processor, use_remote_tokenizer, write_remote_part
 from tiny_parts import make_sensitive, text_config, tiny_tokenizer, vision_config
 
 import anyvlm
@@ -45,6 +46,19 @@ def whole_checkpoint(composed, tmp_path_factory):
     for part in composed:
         part.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def remote_code_checkpoint(tmp_path_factory):
+    """With a language model, a tokenizer and an image processor whose code was in their own checkpoints. Not to be
+    written to."""
+    folder = tmp_path_factory.mktemp("remote")
+    use_remote_tokenizer(write_remote_part(folder / "language_model", "old_style_lm"))
+    use_remote_image_processor(write_remote_part(folder / "tower", "tower"))
+    parts = anyvlm.compose(vision=folder / "tower", text=folder / "language_model", trust_remote_code=True)
+    for part in parts:
+        part.save_pretrained(folder / "checkpoint")
+    return folder / "checkpoint"
 
 
 @pytest.fixture

@@ -177,3 +177,8 @@ def test_worker_counts_image_tokens_and_its_pictures_differ(composed):
     without_placeholder = SimpleNamespace(image_token_id=10**6)
     with pytest.raises(fresh_worker.CheckFailed, match="leaves a picture"):
         fresh_worker.image_token_counts(processor, without_placeholder)
+
+
+def test_checkpoint_with_code_of_others(remote_code_checkpoint):
+    check = check_in_fresh_process(remote_code_checkpoint)
+    assert check.saved_again and check.picture_effect > 0

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -172,3 +173,17 @@ def test_snippet_runs_as_it_stands(composed, whole_checkpoint, fresh_check, tmp_
         generated = model.generate(**inputs, max_new_tokens=64, do_sample=False)
     answer = processor.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert printed == f"{answer}\n" and len(answer.split()) > 3
+
+
+def test_code_of_others_is_named(whole_checkpoint, remote_code_checkpoint, fresh_check, tmp_path):
+    assert "Code of others" not in build_model_card(whole_checkpoint, "me/my-vlm", fresh_check).text
+    checkpoint = shutil.copytree(remote_code_checkpoint, tmp_path / "checkpoint")
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["text_config"]["part_code"] |= {"origin": "someone/language-model", "revision": "0123abc"}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    text = section(build_model_card(checkpoint, "me/my-vlm", fresh_check), "Code of others")
+    assert "Language model: `language_model_code*.py`, copied from [someone/language-model]" in text
+    assert "commit `0123abc`" in text and config["text_config"]["part_code"]["sha256"] in text
+    assert "Vision tower: `vision_tower_code*.py`, copied from a place that is not recorded" in text
+    assert "`tokenization_part.py`" in text and "`image_processing_part.py`" in text
+    assert "anyvlm_checkpoint.py" not in text

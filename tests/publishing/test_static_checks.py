@@ -1,6 +1,7 @@
 """Every check of the files passes on a whole checkpoint and fails on one that is broken in that way."""
 
 import json
+import shutil
 
 import pytest
 
@@ -128,3 +129,14 @@ def test_folders_that_are_no_checkpoint(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(PublishingError, match="adapter only"):
         check_files(tmp_path)
+
+
+def test_code_of_the_parts(remote_code_checkpoint, tmp_path):
+    check_files(remote_code_checkpoint)
+    assert code_files(remote_code_checkpoint) == {path.name for path in remote_code_checkpoint.glob("*.py")}
+    changed = shutil.copytree(remote_code_checkpoint, tmp_path / "changed")
+    (changed / "vision_tower_code_functions.py").write_text("gelu = None\n")
+    with pytest.raises(
+        PublishingError, match=r"vision_tower_code\*.py are not the files that config.json was saved with"
+    ):
+        check_files(changed)
