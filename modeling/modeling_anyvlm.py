@@ -14,6 +14,7 @@ from ..configuration.configuration_anyvlm import AnyVlmConfig
 from ..configuration.image_tokens import image_grid
 from .language_models import (
     LanguageModelInterface,
+    base_language_model,
     build_language_model,
     default_position_ids,
     labelled_positions,
@@ -311,7 +312,7 @@ class AnyVlmModel(PreTrainedModel):
             mm_encoder_outputs,
             **kwargs,
         )
-        outputs = self.language_model.base_model(**arguments, return_dict=True)
+        outputs = base_language_model(self.language_model)(**arguments, return_dict=True)
         return BaseModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.get("past_key_values"),
