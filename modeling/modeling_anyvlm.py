@@ -59,6 +59,8 @@ class ImageTokenSuppressor(LogitsProcessor):
         self.token_id = token_id
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if self.token_id >= scores.shape[-1]:  # mllama's image token has an embedding, but no row in the head
+            return scores
         index = torch.tensor([self.token_id], device=scores.device)
         return scores.index_fill(-1, index, -float("inf"))
 

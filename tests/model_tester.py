@@ -24,6 +24,7 @@ from tiny_parts import (
 from transformers import AutoModelForCausalLM
 
 import anyvlm
+from anyvlm.composition.parts import load_language_model
 
 
 NEW_TOKENS = 6
@@ -41,7 +42,7 @@ class ComposedModelTester:
 
     def __init__(self, vision: str = "clip_vision_model", text: str = "llama", **compose_arguments):
         torch.manual_seed(0)
-        language_model = AutoModelForCausalLM.from_config(text_config(text)).eval()
+        language_model = load_language_model(text_config(text)).eval()
         make_sensitive(language_model)
         self.bare_language_model = copy.deepcopy(language_model)
         self.model, self.processor = anyvlm.compose(
