@@ -41,7 +41,7 @@ def probe_language_model(language_model: PreTrainedModel) -> dict:
     interface = LanguageModelInterface(language_model)
     if "inputs_embeds" not in interface.argument_names:
         raise CompositionError(f"{name} takes no inputs_embeds, so image features cannot reach it; {_NEAREST}")
-    with _evaluating(language_model), _refusing(f"{name} cannot be run on a short plain text"):
+    with _in_mode(language_model), _refusing(f"{name} cannot be run on a short plain text"):
         probe = _Probe(language_model)
         if not probe.is_finite():
             raise CompositionError(f"{name} gives logits that are not finite for plain text. Are its weights loaded?")
@@ -59,10 +59,8 @@ def probe_language_model(language_model: PreTrainedModel) -> dict:
         spec["embedding_scale"] = probe.embedding_scale(spec)
         spec |= probe.padding(spec)
         spec["own_loss"] = probe.loss_is_shifted_cross_entropy(spec)
-    with _refusing(f"{name} cannot be trained on texts of any length"):
-        language_model.train()
+    with _in_mode(language_model, training=True), _refusing(f"{name} cannot be trained on texts of any length"):
         probe.run(interface, probe.input_ids)
-        language_model.eval()
     return spec
 
 
@@ -79,7 +77,7 @@ def probe_generation(model: PreTrainedModel) -> dict:
     """
     language_model = model.language_model
     name = type(language_model).__name__
-    with _evaluating(model), _refusing(f"{name} cannot generate text inside a composed model"):
+    with _in_mode(model), _refusing(f"{name} cannot generate text inside a composed model"):
         padded = model.language_model_interface.spec["left_padding"]
         for use_cache in (True, False):
             if _decodes(model, use_cache, padded):
@@ -94,7 +92,7 @@ def probe_generation(model: PreTrainedModel) -> dict:
 
 def sees_later_tokens(language_model: PreTrainedModel) -> bool:
     """Whether a change of the last token changes the logits before it, as in an encoder."""
-    with torch.no_grad(), _evaluating(language_model):
+    with torch.no_grad(), _in_mode(language_model):
         return _Probe(language_model).sees_later_tokens()
 
 
@@ -271,9 +269,9 @@ def _decodes(model: PreTrainedModel, use_cache: bool, padded: bool) -> bool:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _in_mode(model: nn.Module, training: bool = False) -> Iterator[None]:
     was_training = model.training
-    model.eval()
+    model.train(training)
     try:
         yield
     finally:

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from ..configuration.part_code import part_config_class
-from ..modeling.language_models import build_language_model, causal_lm_class
+from ..modeling.language_models import base_language_model, build_language_model, causal_lm_class
 from ..modeling.parts import own_model_class, restore_computed_tensors
 from ..modeling.vision_towers import vision_tower_class
 from .errors import CompositionError
@@ -80,7 +80,9 @@ def vision_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
     return _sub_config(config, "vision_config")
 
 
-def load_language_model(source: PartSource, dtype: torch.dtype | None = None, trust_remote_code: bool = False):
+def load_language_model(
+    source: PartSource, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The whole causal language model.
 
     The text part of a composite (a Gemma 3, a LLaVA) is taken out of it, and the decoder of an encoder-decoder model.
@@ -89,6 +91,12 @@ def load_language_model(source: PartSource, dtype: torch.dtype | None = None, tr
     Raises:
         CompositionError: there is no causal language model in it, or its weights are not all there.
     """
+    language_model = _load_language_model(source, dtype, trust_remote_code)
+    _describe_decoder(language_model.config)
+    return language_model
+
+
+def _load_language_model(source: PartSource, dtype: torch.dtype | None, trust_remote_code: bool) -> PreTrainedModel:
     if isinstance(source, PreTrainedModel):
         if isinstance(getattr(source.config, "text_config", None), PreTrainedConfig):
             return _adopt(_text_part(source), AutoModelForCausalLM, "text_config", trust_remote_code)
@@ -177,6 +185,21 @@ def _build(config: PreTrainedConfig, dtype: torch.dtype | None, trust_remote_cod
         ) from error
 
 
+def _describe_decoder(config: PreTrainedConfig) -> None:
+    """Let the config of a decoder that comes without its encoder give the decoder's sizes under the general names.
+
+    `num_hidden_layers` of a bart is `encoder_layers`, and a cache of so many layers would be made for the decoder
+    (blenderbot has 2 and 12).
+    """
+    if getattr(config, "encoder_layers", None) is None or getattr(config, "decoder_layers", None) is None:
+        return
+    for name, value in list(vars(config).items()):
+        prefix, _, size = name.partition("_")
+        if prefix == "decoder" and hasattr(config, f"encoder_{size}"):
+            setattr(config, f"encoder_{size}", value)
+    config.num_hidden_layers = config.decoder_layers
+
+
 def _decoder_part(whole: PreTrainedModel) -> PreTrainedModel:
     """The decoder of an encoder-decoder model with its head, in the class that transformers has for it alone."""
     if causal_lm_class(whole.config) is None:
@@ -213,13 +236,14 @@ def _text_part(composite: PreTrainedModel) -> PreTrainedModel:
     if model_class is not None:
         with torch.device("meta"):
             language_model = build_language_model(text_config)
-        decoder = next((m for m in composite.modules() if type(m) is type(language_model.base_model)), None)
+        empty = base_language_model(language_model)
+        decoder = next((module for module in composite.modules() if type(module) is type(empty)), None)
     if decoder is None:
         raise CompositionError(
             f"{type(composite).__name__} does not hold a language model of a type that transformers knows "
             f"({text_config.model_type}). Pass the language model itself."
         )
-    setattr(language_model, language_model.base_model_prefix, decoder)
+    setattr(language_model, next(name for name, module in language_model.named_children() if module is empty), decoder)
     language_model.set_output_embeddings(composite.get_output_embeddings())
     left_out = [name for name, parameter in language_model.named_parameters() if parameter.is_meta]
     if left_out:

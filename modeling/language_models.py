@@ -63,6 +63,13 @@ def build_language_model(text_config: PreTrainedConfig, **kwargs) -> PreTrainedM
     return model_class._from_config(text_config, **kwargs)
 
 
+def base_language_model(language_model: PreTrainedModel) -> nn.Module:
+    """The model below the head. Where the declared prefix leads nowhere (mllama), it is the model inside the model."""
+    if language_model.base_model is not language_model:
+        return language_model.base_model
+    return next((part for part in language_model.children() if isinstance(part, PreTrainedModel)), language_model)
+
+
 def resize_vocabulary(language_model: PreTrainedModel, new_num_tokens: int | None, *args, **kwargs) -> nn.Module:
     """`resize_token_embeddings` of the language model, in a way that its config can build again.
 
@@ -96,7 +103,7 @@ class LanguageModelInterface:
         self.spec = {**DEFAULT_SPEC, **(spec or {})}
         self.argument_names = frozenset(parameters)
         self.takes_any_argument = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-        base_parameters = inspect.signature(language_model.base_model.forward).parameters
+        base_parameters = inspect.signature(base_language_model(language_model).forward).parameters
         #: gemma3n and gemma4 look up a second embedding per layer from the ids, which `inputs_embeds` do not carry;
         #: a gemma4 of width 0 has the argument but no such table.
         self.has_per_layer_inputs = "per_layer_inputs" in base_parameters and bool(
@@ -177,7 +184,7 @@ class LanguageModelInterface:
                 "`inputs_embeds` alone. Pass `input_ids`."
             )
         text_ids = input_ids.masked_fill(image_mask, pad_token_id)
-        return {"per_layer_inputs": language_model.base_model.get_per_layer_inputs(text_ids)}
+        return {"per_layer_inputs": base_language_model(language_model).get_per_layer_inputs(text_ids)}
 
 
 def default_position_ids(

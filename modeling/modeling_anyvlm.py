@@ -14,6 +14,7 @@ from ..configuration.configuration_anyvlm import AnyVlmConfig
 from ..configuration.image_tokens import image_grids
 from .language_models import (
     LanguageModelInterface,
+    base_language_model,
     build_language_model,
     default_position_ids,
     labelled_positions,
@@ -60,6 +61,8 @@ class ImageTokenSuppressor(LogitsProcessor):
         self.token_id = token_id
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if self.token_id >= scores.shape[-1]:  # mllama's image token has an embedding, but no row in the head
+            return scores
         index = torch.tensor([self.token_id], device=scores.device)
         return scores.index_fill(-1, index, -float("inf"))
 
@@ -361,7 +364,7 @@ class AnyVlmModel(PreTrainedModel):
             mm_encoder_outputs,
             **kwargs,
         )
-        outputs = self.language_model.base_model(**arguments, return_dict=True)
+        outputs = base_language_model(self.language_model)(**arguments, return_dict=True)
         return BaseModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.get("past_key_values"),

@@ -189,6 +189,69 @@ LANGUAGE_MODELS: dict[str, dict] = {
         "intermediate_size": [64] * 4,
         "activation_sparsity_pattern": [0.0] * 4,
     },
+    "gemma4_text": {
+        "vocab_size_per_layer_input": len(VOCABULARY),
+        "hidden_size_per_layer_input": 8,
+        "global_head_dim": 8,
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    # Scales the embeddings of ids outside the embedding module, and computes buffers of its layers when loading.
+    "falcon_h1": {
+        "embedding_multiplier": 3.0,
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 16,
+    },
+    "bamba": {
+        "attn_layer_indices": [1],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 16,
+    },
+    "zamba2": {
+        "num_key_value_heads": 4,
+        "layers_block_type": ["linear_attention", "hybrid"],
+        "n_mamba_heads": 8,
+        "mamba_d_state": 16,
+        "chunk_size": 16,
+        "adapter_rank": 4,
+        "num_mem_blocks": 1,
+        "use_mamba_kernels": False,
+    },
+    # A state that is no cache; padding on the left enters it.
+    "rwkv": {"attention_hidden_size": 32, "context_length": 256},
+    # No cache at all, and no gradient checkpointing.
+    "openai-gpt": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256},
+    # A cache with a window that the forward pass does not have; an embedding more than its vocabulary.
+    "moshi": {"ffn_dim": 64, "sliding_window": 8},
+    # Encoders that become decoders; roberta counts positions from its pad token on.
+    "bert": {},
+    "roberta": {"pad_token_id": 1, "bos_token_id": 0},
+    # Decoders of encoder-decoder models: learned positions, a loss that is not shifted, sizes of an encoder beside them.
+    "bart": {
+        "d_model": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 4,
+    },
+    # States its vocabulary twice.
+    "marian": {
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "decoder_vocab_size": len(VOCABULARY),
+    },
 }
 
 

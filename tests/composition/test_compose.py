@@ -387,24 +387,9 @@ class TestRefusals:
         with pytest.raises(anyvlm.CompositionError, match="language model.*vision tower such as"):
             compose(vision=text_config("llama"))
 
-    def test_language_model_that_is_an_encoder(self):
-        config = CONFIG_MAPPING["bert"](
-            vocab_size=len(VOCABULARY),
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=64,
-        )
-        with pytest.raises(anyvlm.CompositionError, match="encoder.*is_decoder=True"):
-            compose(text=config)
-
     def test_language_model_that_is_a_tower(self):
         with pytest.raises(anyvlm.CompositionError, match="no causal language model"):
             compose(text=vision_config("dinov2"))
-
-    def test_language_model_that_is_encoder_decoder(self):
-        with pytest.raises(anyvlm.CompositionError, match="encoder-decoder"):
-            compose(text=CONFIG_MAPPING["bart"]())
 
     def test_language_model_without_a_head(self):
         with pytest.raises(anyvlm.CompositionError, match="AutoModelForCausalLM"):
