@@ -5,18 +5,29 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# The oldest transformers that is supported, in an environment of its own.
+OLDEST := 5.20
+VENV_OLDEST ?= .venv-oldest
+INSTALLED_OLDEST := $(VENV_OLDEST)/.installed
+# `make matrix MATRIX_ARGUMENTS="--only dinov2"`; `--help` says which there are.
+MATRIX_ARGUMENTS ?=
 # Tests are many and small: one worker per core, one thread each.
 WORKERS ?= auto
 
-.PHONY: help demo test lint format parity clean
+# What the oldest transformers must pass: everything but the demo, the benchmarks and the style of commands.
+CORE_TESTS := tests/composition tests/configuration tests/modeling tests/processing tests/training tests/test_checkpoint.py
+
+.PHONY: help demo test test-oldest matrix lint format parity clean
 
 help:
 	@echo "make demo     make an environment, compose, train on handwritten digits, report (out/demo)"
 	@echo "make test     make an environment and run the tests"
+	@echo "make test-oldest  the core tests with the oldest supported transformers ($(OLDEST)), in its own environment"
+	@echo "make matrix   compute which towers and language models work (docs/compatibility.md); goes on where it was"
 	@echo "make lint     check the style"
 	@echo "make format   put the style right"
 	@echo "make parity   measure against the native LLaVA class"
-	@echo "make clean    remove the environment and what the commands wrote"
+	@echo "make clean    remove the environments and what the commands wrote"
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,11 +35,26 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet $(PIP_ARGUMENTS) -c constraints.txt -e ".[train,demo,test]"
 	touch $(INSTALLED)
 
+# The same pinned versions, but for transformers and what it pins itself.
+$(INSTALLED_OLDEST): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV_OLDEST)
+	grep -vE '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > $(VENV_OLDEST)/constraints.txt
+	echo 'transformers==$(OLDEST).*' >> $(VENV_OLDEST)/constraints.txt
+	$(VENV_OLDEST)/bin/python -m pip install --quiet $(PIP_ARGUMENTS) -c $(VENV_OLDEST)/constraints.txt torch
+	$(VENV_OLDEST)/bin/python -m pip install --quiet $(PIP_ARGUMENTS) -c $(VENV_OLDEST)/constraints.txt -e ".[train,test]"
+	touch $(INSTALLED_OLDEST)
+
 demo: $(INSTALLED)
 	$(BIN)/anyvlm demo --output out/demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests
+
+test-oldest: $(INSTALLED_OLDEST)
+	$(VENV_OLDEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(wildcard $(CORE_TESTS))
+
+matrix: $(INSTALLED)
+	$(BIN)/python -m anyvlm.compatibility.run $(MATRIX_ARGUMENTS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -42,4 +68,4 @@ parity: $(INSTALLED)
 	$(BIN)/python benchmarks/parity.py
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) $(VENV_OLDEST) out

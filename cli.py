@@ -292,7 +292,7 @@ def check(
 
     Example: anyvlm check dinov2 qwen3 --dtype bfloat16 --image-size 448
 
-    Example: anyvlm check siglip bert --json
+    Example: anyvlm check siglip xlnet --json
     """
     arguments = {"projector": _projector(projector), "image_size": _image_size(image_size)}
     _calm_transformers()

@@ -324,14 +324,15 @@ class ComposedModel:
         torch.testing.assert_close(as_image, expected, rtol=1e-4, atol=1e-4)
 
 
-@torch.no_grad()
 def _difference(found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor) -> float:
     """Largest difference of the logits of a padded sample `(sequence, vocabulary)` from those of the sample alone."""
     return float((found[mask.bool()] - expected).abs().max())
 
 
+@torch.no_grad()
 def bare_padding_works(language_model: nn.Module, side: str, tolerance: float = 1e-4) -> bool:
-    """Whether a language model by itself gives a padded text the logits of the text alone, as ids and as embeddings.
+    """Whether a language model by itself gives a padded text the logits of the text alone, as ids and as embeddings,
+    and a left-padded one the same answer.
 
     With positions that do not count padding where the model takes positions: the best that a caller can do.
     """
@@ -359,6 +360,14 @@ def bare_padding_works(language_model: nn.Module, side: str, tolerance: float = 
             alone = torch.tensor([text])
             expected = logits(alone, torch.ones_like(alone), embedded)[0]
             if (together[row][mask[row].bool()] - expected).abs().max() >= tolerance:
+                return False
+    if side == "left":
+        generation = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+        answers = language_model.generate(ids, attention_mask=mask, **generation)[:, -3:]
+        for row, text in enumerate(texts):
+            alone = torch.tensor([text])
+            answer = language_model.generate(alone, attention_mask=torch.ones_like(alone), **generation)[0, -3:]
+            if not torch.equal(answers[row], answer):
                 return False
     return True
 

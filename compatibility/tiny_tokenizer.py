@@ -19,10 +19,22 @@ def tiny_tokenizer(**special_tokens) -> PreTrainedTokenizerFast:
 
 
 def make_sensitive(model: torch.nn.Module, seed: int = 1) -> None:
-    """Larger random weights, so that a token or picture that goes astray shows in the logits; deterministic."""
+    """Larger random weights, so that a token or picture that goes astray shows in the logits; deterministic.
+
+    Rows of embeddings that stand for padding stay as they were: zero, as a trained model has them. (Some classes of
+    transformers put the zeros back when they load a checkpoint.)
+    """
     generator = torch.Generator().manual_seed(seed)
+    embeddings = [
+        module
+        for module in model.modules()
+        if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None
+    ]
+    padding = [module.weight[module.padding_idx].detach().clone() for module in embeddings]
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
             if parameter.is_floating_point():
                 scale = 0.15 if parameter.ndim >= 2 else 0.05
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+        for module, row in zip(embeddings, padding):
+            module.weight[module.padding_idx] = row

@@ -11,13 +11,15 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..configuration.configuration_anyvlm import AnyVlmConfig
 from ..configuration.image_tokens import image_grid, num_image_tokens
 from ..modeling.projectors import build_projector
 from .compatibility_report import CompatibilityReport
 from .compatibility_table import table_row
+from .compose import _assemble
 from .errors import CompositionError
 from .image_processors import load_image_processor
-from .language_model_probe import probe_language_model
+from .language_model_probe import probe_generation, probe_language_model
 from .model_sizes import (
     TRAINING_SETUPS,
     describe_part,
@@ -29,9 +31,10 @@ from .model_sizes import (
     training_bytes,
 )
 from .native_classes import describe_llava, describe_servers
-from .nearest import nearest_size, nearest_to_language_model, nearest_types_to
+from .nearest import nearest_size, nearest_types_to
 from .parts import PartSource, pretrained_name
 from .probe import probe_vision_tower
+from .small_copies import MAX_REAL_PARAMETERS
 from .tokenizers import add_image_token, load_tokenizer, normalise_special_tokens
 from .weightless_parts import WeightlessPart, find_config, open_part, source_as_text
 
@@ -79,13 +82,15 @@ def check(
         # In the order of `compose`, so that the first reason is the one that it would give.
         language_model = _open("text", text, dtype, trust_remote_code, report)
         tower = _open("vision", vision, dtype, trust_remote_code, report)
-        spec = None
+        spec = language_model_spec = None
         if language_model is not None:
             dtype = dtype or language_model.model.dtype
-            _examine_language_model(language_model, report, unknown)
+            language_model_spec = _examine_language_model(language_model, report, unknown)
             _fit_tokenizer(language_model, tokenizer, text, image_token, trust_remote_code, report)
         if tower is not None:
             spec = _examine_tower(tower, vision, image_processor, image_size, trust_remote_code, report, unknown)
+        if spec is not None and language_model_spec is not None:
+            _examine_generation(tower, language_model, spec, language_model_spec, report)
         _describe(report, tower, language_model, spec, projector_config, dtype)
 
     report.works = False if report.reasons else None if unknown else True
@@ -99,7 +104,13 @@ def _open(
     kind: str, source: Any, dtype, trust_remote_code: bool, report: CompatibilityReport
 ) -> WeightlessPart | None:
     try:
-        return open_part(kind, source, dtype, trust_remote_code)
+        part = open_part(kind, source, dtype, trust_remote_code)
+        if part.made_causal and pretrained_name(source):
+            report.notes.append(
+                f"{type(part.model).__name__} was trained as an encoder. Composed, it is a causal decoder and must learn "
+                "to write: train the language model, not the projector alone."
+            )
+        return part
     except CompositionError as error:
         config = source.config if isinstance(source, PreTrainedModel) else source
         report.reasons.append(str(error))
@@ -107,19 +118,56 @@ def _open(
         return None
 
 
-def _examine_language_model(part: WeightlessPart, report: CompatibilityReport, unknown: list[str]) -> None:
-    """Whether it is causal and takes embeddings: the same check as when composing, on a model that can be run."""
+def _examine_language_model(part: WeightlessPart, report: CompatibilityReport, unknown: list[str]) -> dict | None:
+    """The `language_model_spec`: the same probe as when composing, on a model that can be run. `None` if it is refused
+    or not known, with the reason in the report."""
     try:
-        part.examine(_takes_embeddings)
+        spec = part.examine(probe_language_model)
         _consult_table(part, report, unknown)
+        return spec
     except CompositionError as error:
         report.reasons.append(str(error))
-        report.nearest += nearest_to_language_model(part.model)
+        report.nearest += nearest_types_to("text", part.model.config.model_type)
+    return None
 
 
-def _takes_embeddings(language_model: PreTrainedModel) -> bool:
-    probe_language_model(language_model)
-    return True
+def _examine_generation(
+    tower: WeightlessPart, language_model: WeightlessPart, spec: dict, language_model_spec: dict, report
+) -> None:
+    """Join the small copies as composing joins the parts, and let them generate: the last thing it probes."""
+    parts = []
+    for part in (tower, language_model):
+        if part.given is None:
+            parts.append(part.run)
+        elif num_parameters(part.given) <= MAX_REAL_PARAMETERS:
+            parts.append(copy.deepcopy(part.given))
+        else:
+            report.notes.append(
+                f"Generation is tried when composing: {type(part.given).__name__} is too large to copy."
+            )
+            return
+    small_tower, small_language_model = parts
+    embeddings = small_language_model.get_input_embeddings()
+    width = embeddings(torch.zeros(1, 1, dtype=torch.long, device=embeddings.weight.device)).shape[-1]
+    config = AnyVlmConfig(
+        vision_config=copy.deepcopy(small_tower.config),
+        text_config=copy.deepcopy(small_language_model.config),
+        vision_tower_spec=spec,
+        language_model_spec=language_model_spec,
+        projector_config={"type": "linear", "in_features": spec["hidden_size"], "out_features": width},
+        # Some have rows of their own beyond the vocabulary (moshi), which they cannot generate.
+        image_token_id=min(embeddings.weight.shape[0], small_language_model.config.vocab_size) - 1,
+        dtype=small_language_model.dtype,
+    )
+    try:
+        probe_generation(_assemble(config, small_tower, small_language_model).eval())
+    except CompositionError as error:
+        row = table_row("text", language_model.model.config.model_type)
+        is_copy = num_parameters(small_language_model) != num_parameters(language_model.model)
+        if is_copy and row is not None and row["status"] == "works":
+            return  # the copy lacks something that the type, which was tried with all checks, has
+        report.reasons.append(str(error))
+        report.nearest += nearest_types_to("text", language_model.model.config.model_type)
 
 
 def _examine_tower(

@@ -20,7 +20,7 @@ from ..modeling.projectors import build_projector
 from ..processing.processing_anyvlm import AnyVlmProcessor
 from .chat_templates import chat_template_with_images
 from .errors import CompositionError
-from .image_processors import load_image_processor
+from .image_processors import fits_tower, load_image_processor
 from .language_model_probe import probe_generation, probe_language_model
 from .parts import PartSource, load_language_model, load_vision_tower, pretrained_name, source_name
 from .probe import probe_features, probe_vision_tower
@@ -109,6 +109,8 @@ def compose(
             image_processor, vision, vision_tower, image_size, trust_remote_code
         )
         spec = probe_vision_tower(vision_tower, size, layer, vision_feature_select_strategy)
+        if not fits_tower(picture_processor, vision_tower, spec, layer):
+            picture_processor, size = load_image_processor(None, vision_tower.config, vision_tower, size, False)
         features = probe_features(vision_tower, spec, layer, is_trained=not isinstance(vision, PreTrainedConfig))
 
         _check_context(language_model, spec)

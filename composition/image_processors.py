@@ -3,9 +3,11 @@
 import copy
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
 from PIL import Image
 from torch import nn
@@ -15,7 +17,9 @@ from transformers.models.auto.configuration_auto import model_type_to_module_nam
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 
+from ..configuration.image_tokens import image_grids
 from ..modeling.picture_inputs import PICTURE_INPUTS, PictureInputs
+from ..modeling.vision_towers import call_vision_tower, read_features
 from .errors import CompositionError
 from .parts import PartSource, pretrained_name
 from .probe import patch_edge, picture_inputs
@@ -144,6 +148,38 @@ def _makes_patches(processor: BaseImageProcessor, row: PictureInputs) -> bool:
     return all(key in outputs for key in keys) and all(
         len(outputs[key]) == len(pictures) for key in keys if key != "pixel_values"
     )
+
+
+def fits_tower(
+    processor: BaseImageProcessor, vision_tower: nn.Module, spec: dict, layer: int | Sequence[int] | None
+) -> bool:
+    """Whether the tower takes what a processor of patches makes of pictures of several sizes, and gives as many
+    features as were counted. Warns with the reason if not."""
+    if not PICTURE_INPUTS[spec["inputs"]].from_processor:
+        return True
+    pictures = [Image.fromarray(np.zeros((*size, 3), dtype=np.uint8)) for size in ((160, 96), (96, 224))]
+    outputs = processor(pictures, return_tensors="pt")
+    keys = [key for key in PICTURE_INPUTS[spec["inputs"]].from_processor.values() if key in outputs]
+    if not keys:
+        return True
+    device = next(vision_tower.parameters()).device
+    tensors = {key: outputs[key].to(device) for key in keys}
+    pixel_values = outputs["pixel_values"].to(device, vision_tower.dtype)
+    try:
+        with torch.no_grad():
+            raw_features = call_vision_tower(vision_tower, spec, pixel_values, layer, tensors)
+            read_features(raw_features, spec, image_grids(spec, pixel_values, tensors))
+    except Exception as error:  # noqa: BLE001 - a tower may fail in any way; what it said is passed on
+        logger.warning(
+            "%s does not take what %s makes (%s: %s). Pictures of one size are used instead, which it takes; pass "
+            "image_processor=… with its own for pictures of their own size.",
+            type(vision_tower).__name__,
+            type(processor).__name__,
+            type(error).__name__,
+            error,
+        )
+        return False
+    return True
 
 
 def _stated_settings(source: str | os.PathLike | None) -> dict:

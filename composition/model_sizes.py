@@ -1,5 +1,6 @@
 """Parameters, memory and abilities of parts, read from models on the meta device: exact, and without memory."""
 
+import contextlib
 import time
 from typing import Any
 
@@ -20,7 +21,7 @@ TRAINING_SETUPS = {
     "everything": ("vision_tower", "multi_modal_projector", "language_model"),
 }
 
-#: Seconds that running the language model on 3,000 tokens on the meta device may take. Recurrent ones loop over tokens in Python.
+#: Seconds that running the language model on 3,000 tokens on the meta device may take: recurrent ones loop over tokens.
 _MAX_SECONDS = 4.0
 
 
@@ -88,13 +89,16 @@ def measure_cache(language_model: PreTrainedModel, dtype: torch.dtype) -> CacheR
     try:
         # Grouped matrix products of experts take bf16 alone on the meta device; sizes are scaled to `dtype` below.
         model = build_on_meta(type(language_model), language_model.config, torch.bfloat16)
+        model.config.pad_token_id = None  # some look for padding in the ids, which have no values here
         first, started = _cache_bytes(model, 32, dtype), time.monotonic()
         second = _cache_bytes(model, 64, dtype)
-        if (time.monotonic() - started) / 64 * 3000 <= _MAX_SECONDS:
-            first, second = _cache_bytes(model, 1000, dtype), _cache_bytes(model, 2000, dtype)
-            return CacheReport(first, second - first)
     except Exception:  # noqa: BLE001 - a model that cannot run on the meta device can fail in any way
         return None
+    if (time.monotonic() - started) / 64 * 3000 <= _MAX_SECONDS:
+        # More tokens than a model has positions for may fail.
+        with contextlib.suppress(Exception):
+            first_1000, first_2000 = _cache_bytes(model, 1000, dtype), _cache_bytes(model, 2000, dtype)
+            return CacheReport(first_1000, first_2000 - first_1000)
     per_token = (second - first) / 32
     fixed = first - 32 * per_token
     return CacheReport(round(fixed + 1000 * per_token), round(1000 * per_token), extrapolated=first != second)

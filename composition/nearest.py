@@ -1,15 +1,12 @@
 """What comes nearest to a part that is refused, and works: tried where it can be, else from the computed table."""
 
-import copy
 import time
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .compatibility_table import nearest_types
 from .image_processors import _config_size as config_size
-from .language_model_probe import probe_language_model
 from .probe import probe_vision_tower
-from .small_copies import real_copies, tiny_copy
 
 
 #: Types that are tried in every run of the tests, for where the table knows nothing nearer.
@@ -21,21 +18,6 @@ _USUAL_SIZES = (224, 256, 384, 448, 512)
 
 #: Seconds after which no further picture size is tried.
 _MAX_SECONDS = 2.0
-
-
-def nearest_to_language_model(language_model: PreTrainedModel) -> list[str]:
-    """The decoder form of an encoder where it has one that works, else types that work."""
-    config = language_model.config
-    if getattr(config, "is_decoder", None) is False:
-        decoder = copy.deepcopy(config)
-        decoder.is_decoder = True
-        for model in real_copies(type(language_model), decoder, [tiny_copy(decoder)]):
-            try:
-                probe_language_model(model)
-            except Exception:  # noqa: BLE001 - refused too, or this form has other needs: then it is no help
-                break
-            return [f"text: the same config with is_decoder=True ({type(config).__name__}, tried here)"]
-    return nearest_types_to("text", config.model_type)
 
 
 def nearest_size(tower: PreTrainedModel, config: PreTrainedConfig) -> list[str]:

@@ -114,6 +114,11 @@ def load_language_model(source: PartSource, dtype: torch.dtype | None = None, tr
         _check_mapping(
             text_config, MODEL_FOR_CAUSAL_LM_MAPPING, "causal language model", "a decoder such as llama, qwen3 or gpt2"
         )
+    elif "text" not in causal_lm_class(text_config).output_modalities:
+        raise CompositionError(
+            f"{causal_lm_class(text_config).__name__} generates {', '.join(causal_lm_class(text_config).output_modalities)}"
+            ", not text. Pass a decoder such as llama, qwen3 or gpt2."
+        )
     if isinstance(source, PreTrainedConfig):
         return _causal_form(lambda config: _build(config, dtype, trust_remote_code), text_config)
     if text_config is not config and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:

@@ -123,7 +123,8 @@ def _fewer_layers(config: PreTrainedConfig) -> PreTrainedConfig | None:
     for name in depths:
         num_layers = _stated(small, name)
         per_layer = _lists_of_length(small, num_layers)
-        kept = min(num_layers, max([2, *(_first_layers_of_every_kind(value) for value in per_layer.values())]))
+        kinds = [_first_layers_of_every_kind(value) for value in per_layer.values()]
+        kept = min(num_layers, max([2, *kinds, *_periods(small)]))
         setattr(small, name, kept)
         for key, value in per_layer.items():
             setattr(small, key, value[:kept])
@@ -167,8 +168,10 @@ def real_copies(
 ) -> Iterator[nn.Module]:
     """Models with random weights of those of the `copies`, and then of `config` itself, that can be built and are small
     enough; a config that is tiny itself needs no copy."""
-    if _num_parameters(model_class, config) <= _TINY:
-        copies = []
+    # Some configs cannot be built as they are, only a changed copy (reformer without is_decoder).
+    with contextlib.suppress(Exception):
+        if _num_parameters(model_class, config) <= _TINY:
+            copies = []
     for candidate in (*copies, config):
         if candidate is None:
             continue
@@ -179,6 +182,13 @@ def real_copies(
                 model = model_class._from_config(copy.deepcopy(candidate), dtype=torch.float32).eval()
         if model is not None:
             yield model
+
+
+def _periods(config: PreTrainedConfig) -> list[int]:
+    """After how many layers the kinds of layers come again, where a config states that instead of each layer's kind."""
+    return [
+        value for name, value in vars(config).items() if name.endswith(("_period", "_interval")) and _is_size(value)
+    ]
 
 
 def _set_sizes(config: PreTrainedConfig, sizes: dict[str, int]) -> None:

@@ -1,5 +1,6 @@
 """Parts without their weights: opened from a config, and run as small copies where a real run is needed."""
 
+import copy
 import difflib
 import os
 from collections.abc import Callable
@@ -9,9 +10,10 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from ..modeling.language_models import causal_lm_class
 from .compatibility_table import table_row
 from .errors import CompositionError
-from .parts import PartSource, load_language_model, load_vision_tower
+from .parts import _CAUSAL_SWITCHES, PartSource, load_language_model, load_vision_tower
 from .small_copies import build_on_meta, real_copies, shallow_copy, thin_copy, tiny_copy
 
 
@@ -26,6 +28,7 @@ class WeightlessPart:
         run: The model that was run for real: `given`, or a copy with random weights.
         known_from: In words, what was run.
         trouble: Why nothing could be run.
+        made_causal: Whether an encoder's config was changed to its causal form, as composing does.
     """
 
     kind: str
@@ -34,6 +37,7 @@ class WeightlessPart:
     run: PreTrainedModel | None = None
     known_from: str = "not known"
     trouble: str = "it is too large, and its config says nothing that could be made smaller"
+    made_causal: bool = False
 
     def examine(self, look: Callable[[PreTrainedModel], Any]) -> Any:
         """What `look` returns for the instance that was passed, or for the first copy that it can run.
@@ -46,7 +50,7 @@ class WeightlessPart:
         """
         refusal = None
         for model in [self.given] if self.given is not None else self._copies():
-            result = None
+            result, modes = None, [(module, module.training) for module in model.modules()]
             try:
                 result, refusal = look(model), None
             except CompositionError as error:
@@ -54,6 +58,9 @@ class WeightlessPart:
             except Exception as error:  # noqa: BLE001 - a copy whose sizes do not go together fails in any way
                 self.trouble = f"{type(error).__name__}: {error}"
                 continue
+            finally:
+                for module, training in modes:
+                    module.training = training
             if refusal is None or self.run is None:
                 whole = _num_parameters(model) == _num_parameters(self.model)
                 self.run, self.known_from = model, "run whole, here" if whole else "run here as a small copy"
@@ -67,11 +74,11 @@ class WeightlessPart:
         """Complete what was run by what the computed table says of the type. Returns why nothing is known, or `None`.
 
         Raises:
-            CompositionError: nothing could be run, and the table says that the type is refused; or that it fails.
+            CompositionError: the table, which is made with all checks of a pair, says that the type is refused or fails.
         """
         model_type = self.model.config.model_type
         row = table_row(self.kind, model_type)
-        if row is not None and (row["status"] == "fails" or (row["status"] == "refused" and self.run is None)):
+        if row is not None and row["status"] != "works":
             raise CompositionError(row["reason"])
         if self.run is not None:
             return None
@@ -103,14 +110,39 @@ def open_part(kind: str, source: PartSource, dtype: torch.dtype | None, trust_re
             kind, build_on_meta(type(given), given.config, given.dtype), given if has_weights else None
         )
     try:
+        made_causal = False
+        if kind == "text":
+            source, made_causal = _causal_config(source, trust_remote_code)
         with torch.device("meta"):
-            return WeightlessPart(kind, load(source, dtype, trust_remote_code).eval())
+            return WeightlessPart(kind, load(source, dtype, trust_remote_code).eval(), made_causal=made_causal)
     except CompositionError:
         raise
     except Exception as error:  # noqa: BLE001 - a config's values may not go together, which shows in any way
         raise CompositionError(
             f"A {source.model_type!r} model cannot be built from this config: {type(error).__name__}: {error}"
         ) from error
+
+
+def _causal_config(config: PreTrainedConfig, trust_remote_code: bool) -> tuple[PreTrainedConfig, bool]:
+    """The config in the causal form that `load_language_model` makes of it, and whether that is another one.
+
+    It finds out by running the model; here it does so with a small copy.
+    """
+    text_config = getattr(config, "text_config", None)
+    config = copy.deepcopy(text_config if isinstance(text_config, PreTrainedConfig) else config)
+    model_class = causal_lm_class(config)
+    switches = [name for name in _CAUSAL_SWITCHES if getattr(config, name, None) is False]
+    if not switches or model_class is None:
+        return config, False
+    for model in real_copies(model_class, config, [tiny_copy(config), shallow_copy(config)]):
+        causal = load_language_model(model.config, None, trust_remote_code)
+        for name in switches:
+            setattr(config, name, getattr(causal.config, name))
+        break
+    else:
+        for name in switches:
+            setattr(config, name, True)
+    return config, any(getattr(config, name) for name in switches)
 
 
 def find_config(source: PartSource, trust_remote_code: bool) -> PreTrainedConfig | PreTrainedModel:

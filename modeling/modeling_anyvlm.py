@@ -94,6 +94,9 @@ class AnyVlmModel(PreTrainedModel):
         self.language_model = build_language_model(config.text_config)
         self._check_widths()
         self.language_model_interface = LanguageModelInterface(self.language_model, config.language_model_spec)
+        self.supports_gradient_checkpointing = (
+            self.vision_tower.supports_gradient_checkpointing or self.language_model.supports_gradient_checkpointing
+        )
         # Generation asks the outermost model whether the cache can be rolled back.
         self._is_stateful = self.language_model._is_stateful
         self.post_init()
@@ -108,12 +111,15 @@ class AnyVlmModel(PreTrainedModel):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Each part by its own rules, then the projector. transformers would treat parts of its own as custom code here,
-        and skip a module without parameters that computes the buffers of its children (falcon_h1)."""
-        for part in self.children():
-            if isinstance(part, PreTrainedModel):
-                part.initialize_weights()
+        """As transformers', and before it models that hold no tensor themselves but compute buffers of their layers
+        (falcon_h1): in a model with code of its own, transformers takes those for done and leaves the buffers empty."""
+        for part in self.modules():
+            if isinstance(part, PreTrainedModel) and part is not self:
+                own = (*part.parameters(recurse=False), *part.buffers(recurse=False))
+                if not own and not all(getattr(buffer, "_is_hf_initialized", False) for buffer in part.buffers()):
+                    part._init_weights(part)
         super().initialize_weights()
 
     def _check_widths(self) -> None:

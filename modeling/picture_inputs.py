@@ -238,7 +238,9 @@ def tower_arguments(spec: dict, pixel_values: torch.Tensor, processor_outputs: M
                 + " and ".join([f"{key} is missing" for key in missing] + [f"{key} was passed" for key in unknown])
                 + ". Pass everything that the processor returned: model(**inputs)."
             )
-        tensors = {"pixels": pixel_values, **{names[key]: value for key, value in given.items()}}
+        row = spec["patch"]["form"] == "row"
+        pixels = pixel_values.unsqueeze(0) if row else pixel_values  # image processors leave that axis to the model
+        tensors = {"pixels": pixels, **{names[key]: value for key, value in given.items()}}
         if "merge_sizes" in spec["arguments"]:
             tensors["merge_sizes"] = torch.full(
                 (len(tensors["grids"]),), spec["patch"]["block"], device=pixel_values.device

@@ -35,12 +35,13 @@ class ComposedModelTester(ComposedModel):
         with torch.no_grad():
             ours = self.model(**inputs, **extra, labels=labels)
             halved = self.model(**inputs, **extra, labels=labels, num_items_in_batch=2 * count)
-            full = self.model.language_model(**inputs, **extra, labels=labels)
+            own = {"labels": labels} if self.model.language_model_interface.spec["own_loss"] else {}
+            full = self.model.language_model(**inputs, **extra, **own)
         expected = torch.nn.functional.cross_entropy(
             full.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100
         )
         torch.testing.assert_close(2 * (ours.loss - halved.loss), expected)  # auxiliary losses do not count
-        if self.model.language_model_interface.spec["own_loss"]:
+        if own:
             torch.testing.assert_close(ours.loss, full.loss)
             assert (ours.loss > expected + 1e-4) == (full.get("aux_loss") is not None)
         else:

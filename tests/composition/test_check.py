@@ -11,6 +11,7 @@ from tiny_parts import LANGUAGE_MODELS, TOWERS, VOCABULARY, text_config, tiny_to
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
 import anyvlm
+from anyvlm.compatibility import tiny_configs
 from anyvlm.composition import compatibility_table
 from anyvlm.composition.probe import probe_vision_tower
 from anyvlm.composition.small_copies import shallow_copy, thin_copy, tiny_copy
@@ -115,10 +116,11 @@ def test_a_tiny_copy_keeps_what_is_no_size():
 
 
 REFUSALS = {
-    "an encoder": lambda: ("dinov2", CONFIG_MAPPING["bert"](**_tiny_bert()), {}),
+    "an encoder": lambda: ("dinov2", tiny_configs.text_config("xlnet"), {}),
+    "another rule of generation": lambda: ("dinov2", tiny_configs.text_config("xlm"), {}),
+    "no embeddings": lambda: ("dinov2", tiny_configs.text_config("cpmant"), {}),
     "two language models": lambda: (text_config("llama"), "llama", {}),
     "two towers": lambda: ("dinov2", vision_config("dinov2"), {}),
-    "an encoder-decoder": lambda: ("dinov2", CONFIG_MAPPING["bart"](), {}),
     "a picture of another size": lambda: ("aimv2_vision_model", "llama", {"image_size": 40}),
     "no end of sequence": lambda: ("dinov2", _without_eos(), {"tokenizer": tiny_tokenizer(eos_token=None)}),
 }
@@ -155,24 +157,38 @@ def test_a_refusal_is_the_one_of_compose(case, table):
 
 
 class TestNearest:
-    def test_the_decoder_form_of_an_encoder(self, table):
-        report = anyvlm.check("dinov2", CONFIG_MAPPING["bert"](**_tiny_bert()))
-        assert report.nearest == ["text: the same config with is_decoder=True (BertConfig, tried here)"]
-        decoder = CONFIG_MAPPING["bert"](**_tiny_bert(), is_decoder=True)
-        assert anyvlm.check(vision_config("dinov2"), decoder).works is True
-
     def test_a_picture_size_that_is_taken(self, table):
         report = anyvlm.check(vision_config("aimv2_vision_model"), text_config("llama"), image_size=40)
         assert report.nearest == ["image_size=32 (tried here)"]
         assert anyvlm.check(vision_config("aimv2_vision_model"), text_config("llama"), image_size=32).works is True
 
     def test_types_named_alike_that_work(self, table):
-        table("text", "bart_decoder", "works")
-        table("text", "blenderbot", "refused", "no")
-        assert anyvlm.check("dinov2", "bart").nearest[0] == "text: bart_decoder"
+        table("text", "xlm", "works")
+        table("text", "xmod", "refused", "no")
+        assert anyvlm.check("dinov2", tiny_configs.text_config("xlnet")).nearest == ["text: xlm"]
 
     def test_well_known_types_without_a_table(self, table):
-        assert anyvlm.check("dinov2", "bart").nearest[0] == "text: llama, qwen3, gpt2"
+        report = anyvlm.check("dinov2", tiny_configs.text_config("xlnet"))
+        assert report.nearest == ["text: llama, qwen3, gpt2"]
+
+
+class TestEncoders:
+    """Encoders with a causal form are composed in it; which have one is found out by running a small copy."""
+
+    @pytest.mark.parametrize("text", ["bert", "roberta", "bart"])
+    def test_numbers_are_those_of_the_causal_form(self, text, table):
+        config = tiny_configs.text_config(text)
+        report = anyvlm.check(vision_config("dinov2"), config, tokenizer=tiny_tokenizer())
+        model, processor = anyvlm.compose(vision_config("dinov2"), config, tokenizer=tiny_tokenizer())
+        assert_describes(report, model, processor)
+
+    def test_a_pretrained_one_is_told_to_learn(self, table, tmp_path):
+        CONFIG_MAPPING["bert"](**_tiny_bert()).save_pretrained(tmp_path)
+        report = anyvlm.check(vision_config("dinov2"), tmp_path, tokenizer=tiny_tokenizer())
+        assert report.works is True and any("trained as an encoder" in note for note in report.notes)
+        CONFIG_MAPPING["bert"](**_tiny_bert(), is_decoder=True).save_pretrained(tmp_path)
+        report = anyvlm.check(vision_config("dinov2"), tmp_path, tokenizer=tiny_tokenizer())
+        assert report.works is True and not any("trained as an encoder" in note for note in report.notes)
 
 
 class TestTable:

@@ -17,8 +17,10 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     SiglipModel,
 )
+from transformers.utils import is_timm_available
 
 import anyvlm
+from anyvlm.compatibility import tiny_configs
 from anyvlm.composition.compose import embedding_rms
 
 
@@ -408,12 +410,29 @@ class TestRefusals:
         with pytest.raises(anyvlm.CompositionError, match="AutoModelForCausalLM"):
             compose(text=AutoModel.from_config(text_config("llama")))
 
-    def test_tower_of_packed_patches(self):
-        config = CONFIG_MAPPING["siglip2_vision_model"](
-            hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_patches=16
-        )
-        with pytest.raises(anyvlm.CompositionError, match="pixel_attention_mask"):
+    def test_tower_that_needs_more_than_a_picture(self):
+        config = tiny_configs.vision_config("seggpt")
+        with pytest.raises(anyvlm.CompositionError, match="needs prompt_pixel_values, prompt_masks"):
             compose(vision=config)
+
+    def test_tower_of_codes(self):
+        with pytest.raises(anyvlm.CompositionError, match="no gradient"):
+            compose(vision=tiny_configs.vision_config("flava_image_codebook"), image_size=32)
+
+    def test_tower_that_takes_a_batch_for_a_clip(self):
+        config = tiny_configs.vision_config("xclip_vision_model")
+        with pytest.raises(anyvlm.CompositionError, match="takes the batch for one clip"):
+            compose(vision=config, image_size=tiny_configs.picture_size("xclip_vision_model"))
+
+    def test_head_for_a_task(self):
+        with pytest.raises(anyvlm.CompositionError, match="head for a task"):
+            compose(vision=tiny_configs.vision_config("mgp-str"), image_size=tiny_configs.picture_size("mgp-str"))
+
+    def test_library_that_is_not_installed(self):
+        if is_timm_available():
+            pytest.skip("timm is installed here")
+        with pytest.raises(anyvlm.CompositionError, match="needs a library that is not installed.*timm"):
+            compose(vision=CONFIG_MAPPING["timm_wrapper"](architecture="resnet18"))
 
     def test_weights_that_are_missing_in_a_part(self, saved_parts, tmp_path):
         from safetensors.torch import load_file, save_file
