@@ -205,7 +205,7 @@ class _ImportRewriter(ast.NodeVisitor):
 
     def rewrite(self) -> str:
         self.visit(ast.parse(self.source, f"{'/'.join(self.path)}.py"))
-        lines = [line.encode() for line in self.source.splitlines(keepends=True)]
+        lines = [line.encode() for line in _lines(self.source)]
         for node, text in sorted(self._replacements, key=lambda item: (-item[0].lineno, -item[0].col_offset)):
             first, last = node.lineno - 1, node.end_lineno - 1
             lines[first : last + 1] = [
@@ -274,10 +274,15 @@ class _ImportRewriter(ast.NodeVisitor):
         return f"{'/'.join(self.path)}.py:{node.lineno}"
 
 
+def _lines(source: str) -> list[str]:
+    """Lines as Python counts them; `str.splitlines` also ends lines at form feeds and other separators."""
+    return re.findall(r"[^\n]*\n|[^\n]+", source)
+
+
 def _hide_from_transformers(source: str) -> str:
     """Comment out lines inside strings that transformers would take for imports, of files that are not there."""
     real = {node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and node.level}
-    lines = source.splitlines(keepends=True)
+    lines = _lines(source)
     for index, line in enumerate(lines):
         if index + 1 not in real and _READS_AS_IMPORT.match(line):
             lines[index] = _READS_AS_IMPORT.sub(r"\1# \2", line)
@@ -299,7 +304,8 @@ def _repository_reader(repository: str) -> tuple[Callable[[ModulePath], str | No
     """Reads modules of a local folder or a Hub repository, and the commit they are read from."""
     if os.path.isdir(repository):
         return _folders_reader(Path(repository)), None
-    revision = extract_commit_hash(cached_file(repository, "config.json"), None)
+    config_file = cached_file(repository, "config.json", _raise_exceptions_for_missing_entries=False)
+    revision = extract_commit_hash(config_file, None)
 
     def read(path: ModulePath) -> str | None:
         file = cached_file(

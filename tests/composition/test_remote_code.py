@@ -172,6 +172,15 @@ class TestCheckpoint:
         shutil.rmtree(source)
         check_three_generations(model, processor, tmp_path)
 
+    @pytest.mark.parametrize("language_model", LANGUAGE_MODELS)
+    def test_bfloat16(self, tmp_path, sources, language_model):
+        """The same is measured as in fp32, although the numbers are coarse; and loading is exact."""
+        model, processor = compose_remote(sources, language_model, dtype="bfloat16")
+        expected, _ = compose_remote(sources, language_model)
+        assert model.config.language_model_spec == expected.config.language_model_spec
+        assert model.config.language_model_spec["embedding_scale"] == (6.0 if language_model == "scaled_lm" else 1.0)
+        check_three_generations(model, processor, tmp_path)
+
     def test_remote_tower_with_native_language_model(self, tmp_path, sources):
         model, processor = anyvlm.compose(
             vision=sources / "tower",
@@ -436,6 +445,7 @@ class TestRewriting:
 from .modeling import Model
 from .nowhere import Thing
 """
+SEPARATORS = "\x0c \u2028"
 from typing import TYPE_CHECKING
 from .sub.blocks import Block, \\
     double  # a comment

@@ -63,7 +63,7 @@ class ScaledAttention(nn.Module):
         query = self.q_proj(hidden_states).view(batch, length, self.num_heads, self.head_dim).transpose(1, 2)
         key = self.k_proj(hidden_states).view(batch, length, self.num_key_value_heads, self.head_dim).transpose(1, 2)
         value = self.v_proj(hidden_states).view(batch, length, self.num_key_value_heads, self.head_dim).transpose(1, 2)
-        cos, sin = self.rotary_emb(position_ids)
+        cos, sin = (table.to(hidden_states.dtype) for table in self.rotary_emb(position_ids))
         query, key = query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
         if past_key_value is not None:
             key, value = past_key_value.update(key, value, self.layer_idx)
