@@ -30,6 +30,8 @@ saved = torch.load(inputs_file)
 differences, equal = {}, {}
 for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     model = auto_class.from_pretrained(checkpoint, trust_remote_code=True)
+    for parameter in model.parameters():  # weights mapped from a file are not aligned, and kernels then round else
+        parameter.data = parameter.data.clone()
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
     inputs = processor(**saved["processor_arguments"], padding=True, return_tensors="pt")
     with torch.no_grad():
