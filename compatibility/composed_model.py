@@ -4,7 +4,6 @@ Each check compares with an oracle that is not ours: the bare language model, th
 alone, the model that was saved. A check that fails raises `AssertionError` with what was found.
 """
 
-import contextlib
 import copy
 import inspect
 from pathlib import Path
@@ -232,12 +231,12 @@ class ComposedModel:
                 require(not bare_padding_works(self.bare_language_model, side), f"{side} padding is refused: {error}")
                 refused.append(side)
                 continue
+            encoded = self._image_tokens_in_batch(batch, singles)
             for row, expected in enumerate(alone):
                 difference = _difference(together[row], expected, batch["attention_mask"][row])
                 if difference >= tolerance:  # of padding, or of a tower that rounds otherwise in a batch?
-                    with self._float64():
-                        expected, together64 = self.logits(singles[row])[0], self.logits(batch)[row]
-                    difference = _difference(together64, expected, batch["attention_mask"][row])
+                    expected = self._logits_of_encoded(singles[row], encoded[row])
+                    difference = _difference(together[row], expected, batch["attention_mask"][row])
                 require(
                     difference < tolerance, f"{side} padding changes the logits of sample {row} by {difference:.2g}"
                 )
@@ -247,14 +246,26 @@ class ComposedModel:
                     require(torch.equal(answers[row], expected), f"{side} padding changes the answer to sample {row}")
         return refused
 
-    @contextlib.contextmanager
-    def _float64(self):
-        """The model with weights and arithmetic in float64 for a while, where rounding explains nothing."""
-        self.model.double()
-        try:
-            yield
-        finally:
-            self.model.float()
+    def _image_tokens_in_batch(self, batch, singles: list) -> list[list[torch.Tensor]]:
+        """Each sample's image tokens as the batch gives them, which are those it has alone but for rounding."""
+        with torch.no_grad():
+            together = self.model.get_image_features(**self.image_inputs(batch)).pooler_output
+            samples = []
+            for single in singles:
+                images = self.image_inputs(single)
+                alone = self.model.get_image_features(**images).pooler_output if images else []
+                own, together = together[: len(alone)], together[len(alone) :]
+                for found, expected in zip(own, alone):
+                    difference = float((found - expected).abs().max() / expected.abs().max())
+                    require(difference < 1e-3, f"a picture in a batch has other features, by {difference:.2g}")
+                samples.append(own)
+        return samples
+
+    def _logits_of_encoded(self, inputs, tokens: list[torch.Tensor]) -> torch.Tensor:
+        """Logits of a sample whose image tokens are given."""
+        text = {name: value for name, value in inputs.items() if name in _TEXT_INPUTS}
+        with torch.no_grad():
+            return self.model(**text, mm_encoder_outputs={"image": _Encoded(tokens)} if tokens else None).logits[0]
 
     def check_save_and_load(self, directory: Path, resize: bool = True) -> None:
         """Exact after saving and loading, tied weights still tied; also after the vocabulary was resized."""
