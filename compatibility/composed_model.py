@@ -388,21 +388,23 @@ def bare_padding_works(language_model: nn.Module, side: str, tolerance: float = 
 
 
 def bare_cache_works(language_model: nn.Module, new_tokens: int) -> bool:
-    """Whether a language model by itself continues a text with a cache as without, from ids and from embeddings."""
-    ids = torch.tensor([[11, 12, 13, 14, 15, 16]])
-    with torch.no_grad():
-        embeddings = language_model.get_input_embeddings()(ids)
-    arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
-    for inputs in ({"input_ids": ids}, {"inputs_embeds": embeddings}):
-        try:
-            cached, uncached = (
-                language_model.generate(**inputs, **arguments, do_sample=False, use_cache=use_cache)
-                for use_cache in (True, False)
-            )
-        except Exception:  # noqa: BLE001 - however it fails, it does not work
-            return False
-        if not torch.equal(cached, uncached):
-            return False
+    """Whether a language model by itself continues a text with a cache as without: a short one and one beyond any
+    window here, from ids and from embeddings."""
+    for length in (6, 40):
+        ids = torch.arange(11, 11 + length).unsqueeze(0)
+        with torch.no_grad():
+            embeddings = language_model.get_input_embeddings()(ids)
+        arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+        for inputs in ({"input_ids": ids}, {"inputs_embeds": embeddings}):
+            try:
+                cached, uncached = (
+                    language_model.generate(**inputs, **arguments, do_sample=False, use_cache=use_cache)
+                    for use_cache in (True, False)
+                )
+            except Exception:  # noqa: BLE001 - however it fails, it does not work
+                return False
+            if not torch.equal(cached, uncached):
+                return False
     return True
 
 

@@ -206,9 +206,19 @@ def embedding_rms(language_model: nn.Module, max_rows: int = 4096) -> torch.Tens
 
 
 def _check_context(language_model: nn.Module, spec: dict) -> None:
-    """Warn where a picture leaves a text less room than it takes itself."""
+    """Warn where a picture leaves a text less room than it takes itself.
+
+    Raises:
+        CompositionError: one picture alone takes all positions.
+    """
     positions = getattr(language_model.config, "max_position_embeddings", None)
     tokens = num_image_tokens(spec, {}, *spec["image_size"])
+    if positions and tokens >= positions:
+        raise CompositionError(
+            f"One picture of {spec['image_size'][0]}x{spec['image_size'][1]} pixels takes {tokens} tokens, and the language "
+            f"model has {positions} positions, so no text would fit beside it. Pass a smaller image_size=…, or a tower "
+            "with larger patches."
+        )
     if positions and 2 * tokens > positions:
         logger.warning(
             "One picture takes %d of the %d positions that the language model was made for. Pass a smaller image_size=… "

@@ -189,7 +189,7 @@ class _Probe:
         dtype = self.language_model.dtype
         most = rounding(dtype, _OTHER_SHAPES)
         # In bf16 an error may hide among what rounding could do at most; what it does is seen on the other side.
-        usual = min(most, max(rounding(dtype, 2), 1e-4, 8 * errors["right"]))
+        usual = min(most, max(rounding(dtype, 2), 8 * errors["right"]))
         return {"left_padding": errors["left"] <= usual, "right_padding": errors["right"] <= most}
 
     def loss_is_shifted_cross_entropy(self, spec: dict) -> bool:
@@ -225,13 +225,15 @@ def rounding(dtype: torch.dtype, steps: int) -> float:
     return max(steps * torch.finfo(dtype).eps, 1e-5 if steps <= _SAME_SHAPES else 1e-4)
 
 
-def plain_words(language_model: PreTrainedModel, number: int) -> torch.Tensor:
-    """Ids `(1, number)` from the middle of the vocabulary, without those that the config names; repeated if they are
-    few."""
+def plain_words(language_model: PreTrainedModel, number: int, avoid: int | None = None) -> torch.Tensor:
+    """Ids `(1, number)` from the middle of the vocabulary, without those that the config names and without `avoid`;
+    repeated if they are few."""
     weight = language_model.get_input_embeddings().weight
-    named = {value for value in language_model.config.to_dict().values() if isinstance(value, int)}
-    middle = weight.shape[0] // 2
-    ids = [index for index in range(middle, min(middle + number + len(named), weight.shape[0])) if index not in named]
+    named = {value for value in language_model.config.to_dict().values() if isinstance(value, int)} | {avoid}
+    middle, num_rows = weight.shape[0] // 2, weight.shape[0]
+    ids = [index for index in range(middle, min(middle + number + len(named), num_rows)) if index not in named]
+    if len(ids) < 2:  # a vocabulary of a few words only
+        ids = [index for index in range(num_rows) if index != avoid]
     return torch.tensor([list(itertools.islice(itertools.cycle(ids), number))], device=weight.device)
 
 
@@ -239,7 +241,8 @@ def _decodes(model: PreTrainedModel, use_cache: bool, padded: bool) -> bool:
     """Whether three forced decoding steps give the logits of the whole text, also for a shorter sample beside it."""
     # A short attention window is passed too: there a cache that forgets must agree with the forward pass.
     window = getattr(model.language_model.config, "sliding_window", None) or 0
-    words = plain_words(model.language_model, _LENGTH + (window if window <= _SHORT_WINDOW else 0))
+    length = _LENGTH + (window if window <= _SHORT_WINDOW else 0)
+    words = plain_words(model.language_model, length, avoid=model.config.image_token_id)
     prompt = words.shape[1] - 3
     expected = [model(input_ids=words).logits.float()]
     attention_mask = torch.ones(1 + padded, prompt, dtype=torch.long, device=words.device)
