@@ -394,7 +394,11 @@ def bare_cache_works(language_model: nn.Module, new_tokens: int) -> bool:
         ids = torch.arange(11, 11 + length).unsqueeze(0)
         with torch.no_grad():
             embeddings = language_model.get_input_embeddings()(ids)
-        arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+        arguments = {
+            "attention_mask": torch.ones_like(ids),
+            "max_new_tokens": new_tokens,
+            "min_new_tokens": new_tokens,
+        }
         for inputs in ({"input_ids": ids}, {"inputs_embeds": embeddings}):
             try:
                 cached, uncached = (

@@ -342,8 +342,8 @@ TEXT_OF_TYPE: dict[str, dict] = {
     "xlm": {"causal": True},
     "xlstm": {
         "num_hidden_layers": 2,
-        "hidden_size": 64,
-        "embedding_dim": 64,
+        "hidden_size": 128,
+        "embedding_dim": 128,
         "num_heads": 2,
         "chunk_size": 8,
         "qk_head_dim": None,
