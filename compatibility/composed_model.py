@@ -223,6 +223,9 @@ class ComposedModel:
         """A padded batch gives each sample's own logits, and a left-padded one each sample's own answer; or it is
         refused, which it may be only where the bare language model cannot take it either.
 
+        Args:
+            tolerance: Relative to the largest logit, by which rounding grows.
+
         Returns:
             The sides, of `"left"` and `"right"`, on which padding is refused.
         """
@@ -345,8 +348,9 @@ class ComposedModel:
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor) -> float:
-    """Largest difference of the logits of a padded sample `(sequence, vocabulary)` from those of the sample alone."""
-    return float((found[mask.bool()] - expected).abs().max())
+    """Largest difference of the logits of a padded sample `(sequence, vocabulary)` from those of the sample alone,
+    relative to the largest of them where that is above 1."""
+    return float((found[mask.bool()] - expected).abs().max() / expected.abs().max().clamp(min=1))
 
 
 @torch.no_grad()

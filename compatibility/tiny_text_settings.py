@@ -79,7 +79,8 @@ TEXT: dict = {
     "q_lora_rank": 16,
     "o_lora_rank": 8,
     "index_head_dim": 8,
-    "index_topk": 64,
+    # Above every text here: beyond it, the sparse attention of transformers itself picks other places when padded.
+    "index_topk": 256,
     "index_n_heads": 2,
     "query_pre_attn_scalar": 8,
     "rotary_dim": 4,
@@ -315,7 +316,7 @@ TEXT_OF_TYPE: dict[str, dict] = {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
         "indexer_head_dim": 8,
-        "indexer_budget": 64,
+        "indexer_budget": 256,
         "indexer_compress_ratio": 2,
         "hc_count": 2,
         "layer_types": ["linear_attention", "indexed_attention"] * 2,
