@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 import anyvlm
 
+from ..composition.compose import embedding_rms
 from ..composition.parts import load_language_model
 from .tiny_tokenizer import make_sensitive, tiny_tokenizer
 
@@ -79,8 +80,16 @@ class ComposedModel:
         )
         make_sensitive(self.model.vision_tower, seed=3 * seed + 2)
         self._fit_batch_norms()
-        with torch.no_grad():  # so that a tiny model with random weights tells pictures apart
-            self.model.multi_modal_projector.output_layer.weight.mul_(3)
+        self._match_embedding_scale()
+
+    @torch.no_grad()
+    def _match_embedding_scale(self) -> None:
+        """Scale the image tokens as composing does, for the tower as it is now; somewhat larger than the text's
+        embeddings, so that a tiny model with random weights tells pictures apart."""
+        inputs = self.one_picture()
+        tokens = torch.cat(list(self.model.get_image_features(**self.image_inputs(inputs)).pooler_output))
+        scale = 3 * embedding_rms(self.model.language_model) / tokens.square().mean().sqrt()
+        self.model.multi_modal_projector.output_layer.weight.mul_(scale)
 
     @torch.no_grad()
     def _fit_batch_norms(self) -> None:

@@ -9,7 +9,8 @@ _LAYERS = 4
 _HEADS = 4
 _KEY_VALUE_HEADS = 2
 _HEAD_DIM = 8
-_POSITIONS = 256
+# More than two pictures of any tiny tower take.
+_POSITIONS = 1024
 
 #: Settings under every name that types give them; each type takes those it knows. Scales and caps matter.
 TEXT: dict = {

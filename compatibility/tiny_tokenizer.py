@@ -35,6 +35,8 @@ def make_sensitive(model: torch.nn.Module, seed: int = 1) -> None:
         for _, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
             if parameter.is_floating_point():
                 scale = 0.15 if parameter.ndim >= 2 else 0.05
+                if parameter.ndim == 4:  # convolutions of few channels, after which norms would see next to nothing
+                    scale = max(scale, parameter[0].numel() ** -0.5)
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
         for module, row in zip(embeddings, padding):
             module.weight[module.padding_idx] = row

@@ -16,7 +16,7 @@ from anyvlm.compatibility.table import MARKDOWN_NAME, read_table, to_markdown
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 SAMPLE = 40
 #: No further pair is begun after this many seconds.
-SECONDS = 40
+SECONDS = 30
 
 
 @pytest.fixture(scope="module")
