@@ -180,8 +180,8 @@ def _build(config: PreTrainedConfig, dtype: torch.dtype | None, trust_remote_cod
         return build_language_model(copy.deepcopy(config), trust_remote_code=trust_remote_code, **kwargs)
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CompositionError(
-            f"No causal language model can be built from a config of type {config.model_type!r}: {error} Pass a "
-            "decoder such as llama, qwen3 or gpt2."
+            f"No causal language model can be built from this config of type {config.model_type!r} ({error}). "
+            "Pass a decoder such as llama, qwen3 or gpt2."
         ) from error
 
 
