@@ -47,7 +47,7 @@ class PictureInputs:
     optional: frozenset[str] = frozenset()
     is_patches: bool = True
     any_size: bool = True
-    pixels: tuple[str, ...] = ("pixel_values", "pixel_values_images", "pixel_values_videos", "image")
+    pixels: tuple[str, ...] = ("pixel_values", "pixel_values_images", "pixel_values_videos")
 
 
 #: Outputs of image processors, beside `pixel_values`, that the model takes.
