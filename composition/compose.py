@@ -209,11 +209,11 @@ def _check_context(language_model: nn.Module, spec: dict) -> None:
     """Warn where a picture leaves a text less room than it takes itself.
 
     Raises:
-        CompositionError: one picture alone takes all positions.
+        CompositionError: one picture alone takes all positions. (Not where pictures keep their own sizes.)
     """
     positions = getattr(language_model.config, "max_position_embeddings", None)
     tokens = num_image_tokens(spec, {}, *spec["image_size"])
-    if positions and tokens >= positions:
+    if positions and tokens >= positions and not spec["any_size"]:
         raise CompositionError(
             f"One picture of {spec['image_size'][0]}x{spec['image_size'][1]} pixels takes {tokens} tokens, and the language "
             f"model has {positions} positions, so no text would fit beside it. Pass a smaller image_size=…, or a tower "

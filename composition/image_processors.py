@@ -22,7 +22,7 @@ from ..modeling.picture_inputs import PICTURE_INPUTS, PictureInputs
 from ..modeling.vision_towers import call_vision_tower, read_features
 from .errors import CompositionError
 from .parts import PartSource, pretrained_name
-from .probe import patch_edge, picture_inputs
+from .tower_inputs import patch_edge, picture_inputs
 
 
 logger = logging.getLogger(__name__)

@@ -9,12 +9,12 @@ import itertools
 from collections.abc import Iterator
 
 import torch
-from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..modeling.language_models import LanguageModelInterface, default_position_ids
 from .errors import CompositionError
+from .running import in_mode
 
 
 _NEAREST = "the nearest that works: a decoder such as llama, qwen3 or gpt2."
@@ -41,7 +41,7 @@ def probe_language_model(language_model: PreTrainedModel) -> dict:
     interface = LanguageModelInterface(language_model)
     if "inputs_embeds" not in interface.argument_names:
         raise CompositionError(f"{name} takes no inputs_embeds, so image features cannot reach it; {_NEAREST}")
-    with _in_mode(language_model), _refusing(f"{name} cannot be run on a short plain text"):
+    with in_mode(language_model), _refusing(f"{name} cannot be run on a short plain text"):
         probe = _Probe(language_model)
         if not probe.is_finite():
             raise CompositionError(f"{name} gives logits that are not finite for plain text. Are its weights loaded?")
@@ -59,7 +59,7 @@ def probe_language_model(language_model: PreTrainedModel) -> dict:
         spec["embedding_scale"] = probe.embedding_scale(spec)
         spec |= probe.padding(spec)
         spec["own_loss"] = probe.loss_is_shifted_cross_entropy(spec)
-    with _in_mode(language_model, training=True), _refusing(f"{name} cannot be trained on texts of any length"):
+    with in_mode(language_model, training=True), _refusing(f"{name} cannot be trained on texts of any length"):
         probe.run(interface, probe.input_ids)
     return spec
 
@@ -77,7 +77,7 @@ def probe_generation(model: PreTrainedModel) -> dict:
     """
     language_model = model.language_model
     name = type(language_model).__name__
-    with _in_mode(model), _refusing(f"{name} cannot generate text inside a composed model"):
+    with in_mode(model), _refusing(f"{name} cannot generate text inside a composed model"):
         padded = model.language_model_interface.spec["left_padding"]
         for use_cache in (True, False):
             if _decodes(model, use_cache, padded):
@@ -92,7 +92,7 @@ def probe_generation(model: PreTrainedModel) -> dict:
 
 def sees_later_tokens(language_model: PreTrainedModel) -> bool:
     """Whether a change of the last token changes the logits before it, as in an encoder."""
-    with torch.no_grad(), _in_mode(language_model):
+    with torch.no_grad(), in_mode(language_model):
         return _Probe(language_model).sees_later_tokens()
 
 
@@ -269,16 +269,6 @@ def _decodes(model: PreTrainedModel, use_cache: bool, padded: bool) -> bool:
     found = torch.stack(steps, dim=1).float()  # (batch, 3, vocabulary)
     tolerance = rounding(model.language_model.dtype, _OTHER_SHAPES)
     return all(relative_error(found[row], logits[0, -4:-1]) <= tolerance for row, logits in enumerate(expected))
-
-
-@contextlib.contextmanager
-def _in_mode(model: nn.Module, training: bool = False) -> Iterator[None]:
-    was_training = model.training
-    model.train(training)
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 @contextlib.contextmanager

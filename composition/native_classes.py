@@ -6,7 +6,7 @@ import math
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
-from .probe import num_channels, synthetic_pictures
+from .running import num_channels, synthetic_pictures
 from .small_copies import build_on_meta
 from .weightless_parts import WeightlessPart
 

@@ -1,0 +1,357 @@
+"""A vision tower, a projector and a causal language model, as one transformers model without a loss."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.utils import can_return_tuple
+
+from ..configuration.configuration_anyvlm import AnyVlmConfig
+from ..configuration.image_tokens import image_grids
+from .language_models import (
+    LanguageModelInterface,
+    base_language_model,
+    build_language_model,
+    default_position_ids,
+    resize_vocabulary,
+)
+from .parts import restore_computed_tensors, trusted_config
+from .picture_inputs import PROCESSOR_KEYS
+from .projectors import build_projector
+from .vision_towers import build_vision_tower, call_vision_tower, read_features
+
+
+class AnyVlmModel(PreTrainedModel):
+    """The parts and how they are joined, without loss and generation. `forward` returns the last hidden states.
+
+    The causal LM is held whole, at top level: its head, loss, caches and tied weights stay its own, and its weights
+    keep their standard names under `language_model.`, as the tower's do under `vision_tower.`.
+    """
+
+    config_class = AnyVlmConfig
+    config: AnyVlmConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: AnyVlmConfig):
+        super().__init__(config)
+        if config.vision_tower_spec is None or config.projector_config is None:
+            raise ValueError(
+                "This AnyVlmConfig does not say how its vision tower is read (vision_tower_spec, projector_config). "
+                "Make the model with anyvlm.compose(vision=…, text=…), which measures it."
+            )
+        self.vision_tower = build_vision_tower(config.vision_config)
+        self.multi_modal_projector = build_projector(config.projector_config)
+        self.language_model = build_language_model(config.text_config)
+        self._check_widths()
+        self.language_model_interface = LanguageModelInterface(self.language_model, config.language_model_spec)
+        self.supports_gradient_checkpointing = (
+            self.vision_tower.supports_gradient_checkpointing or self.language_model.supports_gradient_checkpointing
+        )
+        # Generation asks the outermost model whether the cache can be rolled back.
+        self._is_stateful = self.language_model._is_stateful
+        self.post_init()
+        # `post_init` collects these from every child, used or not; FSDP fails on a class that no module has.
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = {name for name in self._no_split_modules if name in present}
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Only the projector is ours; the parts initialise themselves."""
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """As transformers', and before it models that hold no tensor themselves but compute buffers of their layers
+        (falcon_h1): in a model with code of its own, transformers takes those for done and leaves the buffers empty."""
+        for part in self.modules():
+            if isinstance(part, PreTrainedModel) and part is not self:
+                own = (*part.parameters(recurse=False), *part.buffers(recurse=False))
+                if not own and not all(getattr(buffer, "_is_hf_initialized", False) for buffer in part.buffers()):
+                    part._init_weights(part)
+        super().initialize_weights()
+
+    def _check_widths(self) -> None:
+        spec, projector_config = self.config.vision_tower_spec, self.config.projector_config
+        if projector_config["in_features"] != spec["hidden_size"]:
+            raise ValueError(
+                f"The projector takes features of width {projector_config['in_features']}, but the vision tower gives "
+                f"{spec['hidden_size']}. Set projector_config['in_features'] to {spec['hidden_size']}, or compose "
+                "again and leave it out: it is measured."
+            )
+        embedding_width = getattr(self.get_input_embeddings(), "embedding_dim", None)
+        if embedding_width is not None and projector_config["out_features"] != embedding_width:
+            raise ValueError(
+                f"The projector gives tokens of width {projector_config['out_features']}, but the language model's "
+                f"embeddings are {embedding_width} wide. Set projector_config['out_features'] to {embedding_width}, "
+                "or compose again and leave it out: it is measured."
+            )
+
+    # The language model answers for everything that concerns text.
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
+        """As transformers'. Left to the language model, some of which keep the vocabulary's size in several places."""
+        embeddings = resize_vocabulary(self.language_model, new_num_tokens, *args, **kwargs)
+        # Some families build from a copy of the config they are given.
+        self.config.text_config = self.language_model.config
+        return embeddings
+
+    def enable_input_require_grads(self) -> None:
+        """For gradient checkpointing and adapters. Only the text's embeddings need it: transformers' version would also
+        hook the tower's patch embedding, which for some towers (swin, hiera) does not return a tensor."""
+        self.language_model.enable_input_require_grads()
+
+    def disable_input_require_grads(self) -> None:
+        self.language_model.disable_input_require_grads()
+
+    def learn_about_language_model(self, learnt: dict[str, Any]) -> None:
+        """Add to what is known about the language model (`language_model_spec`), here and in the config."""
+        self.config.language_model_spec = {**(self.config.language_model_spec or {}), **learnt}
+        self.language_model_interface = LanguageModelInterface(self.language_model, self.config.language_model_spec)
+
+    # Pictures.
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        image_grid_thw: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        target_sizes: torch.Tensor | None = None,
+        image_position_ids: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """Features and projected tokens of pictures.
+
+        A tower none of whose parameters require a gradient is frozen: it runs in `eval()` and without a graph.
+
+        Args:
+            pixel_values: Plain pictures `(num_images, channels, height, width)`; clips
+                `(num_images, frames, channels, height, width)` for a tower of video; or patches, as the tower's own
+                image processor makes them, with what it gives beside them:
+            image_grid_thw: `(num_images, 3)`, frames, rows and columns of packed patches.
+            spatial_shapes: `(num_images, 2)`, rows and columns of padded patches.
+            pixel_attention_mask: `(num_images, num_patches)`, 0 at padding.
+            target_sizes: `(num_images, 2)`, rows and columns of patches in a strip.
+            image_position_ids: `(num_images, num_patches, 2)`, column and row of each patch, -1 at padding.
+
+        Returns:
+            `last_hidden_state`: the tower's features `(num_images, num_features, hidden_size)`, or
+            `(all features, hidden_size)` of pictures of several sizes; `pooler_output`: a list with the tokens
+            `(num_tokens, embedding width)` of each picture.
+
+        Raises:
+            ValueError: pictures of another size or shape than the tower was composed for.
+        """
+        spec = self.config.vision_tower_spec
+        processor_outputs = {
+            "image_grid_thw": image_grid_thw,
+            "spatial_shapes": spatial_shapes,
+            "pixel_attention_mask": pixel_attention_mask,
+            "target_sizes": target_sizes,
+            "image_position_ids": image_position_ids,
+        }
+        processor_outputs = {key: value for key, value in processor_outputs.items() if value is not None}
+        dimensions = (4, 5) if spec["inputs"] == "frames" else (4,)
+        if not processor_outputs and pixel_values.ndim not in dimensions:
+            raise ValueError(
+                f"pixel_values must be (num_images, channels, height, width), got shape {tuple(pixel_values.shape)}."
+            )
+        grids = image_grids(spec, pixel_values, processor_outputs)
+        frozen = not any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+        if frozen and self.vision_tower.training:
+            self.vision_tower.eval()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            raw_features = call_vision_tower(
+                self.vision_tower,
+                spec,
+                pixel_values.to(self.vision_tower.dtype),
+                self.config.vision_feature_layer,
+                processor_outputs,
+            )
+            features = read_features(raw_features, spec, grids)
+        tokens = self._project(features, grids)
+        one_size = len(set(grids)) == 1
+        return BaseModelOutputWithPooling(
+            last_hidden_state=torch.stack(features) if one_size else torch.cat(features), pooler_output=tokens
+        )
+
+    def _project(self, features: list[torch.Tensor], grids: list[tuple[int, int]]) -> list[torch.Tensor]:
+        """Tokens of each picture; the projector runs once for all pictures of one grid."""
+        dtype = self.multi_modal_projector.output_layer.weight.dtype
+        tokens: list = [None] * len(features)
+        for grid in dict.fromkeys(grids):
+            indices = [index for index, other in enumerate(grids) if other == grid]
+            batch = torch.stack([features[index] for index in indices]).to(dtype)
+            projected, _ = self.multi_modal_projector(batch, grid)
+            for index, sample in zip(indices, projected):
+                tokens[index] = sample
+        return tokens
+
+    def _image_tokens(
+        self,
+        pixel_values: torch.Tensor | None,
+        mm_encoder_outputs: dict[str, Any] | None,
+        processor_outputs: dict[str, torch.Tensor],
+    ) -> torch.Tensor | None:
+        """All image tokens of the batch `(num_tokens, width)`, in the order of their pictures, or `None`."""
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if encoded is not None and pixel_values is not None:
+            raise ValueError("Pass pixel_values or mm_encoder_outputs['image'], not both.")
+        if encoded is None and pixel_values is not None:
+            encoded = self.get_image_features(pixel_values, **processor_outputs, return_dict=True)
+        return None if encoded is None else torch.cat(list(encoded.pooler_output), dim=0)
+
+    def _image_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Boolean `(batch, sequence)`, true where an image token stands."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        placeholder = self.get_input_embeddings()(
+            torch.tensor([self.config.image_token_id], device=inputs_embeds.device)
+        )
+        return (inputs_embeds == placeholder.to(inputs_embeds.dtype)).all(-1)
+
+    def _language_model_inputs(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        attention_mask: Any,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+        mm_encoder_outputs: dict[str, Any] | None,
+        **kwargs,
+    ) -> tuple[dict[str, Any], torch.Tensor | None]:
+        """Arguments for the language model, and the image tokens put into them.
+
+        Without pictures the language model gets the ids or embeddings as they came: text alone is its own affair.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        processor_outputs = {key: kwargs.pop(key) for key in PROCESSOR_KEYS if key in kwargs}
+        image_tokens = self._image_tokens(pixel_values, mm_encoder_outputs, processor_outputs)
+        sequence = input_ids if inputs_embeds is None else inputs_embeds
+        batch_size, sequence_length = sequence.shape[:2]
+        extra = {}
+        if image_tokens is not None:
+            image_mask = self._image_mask(input_ids, inputs_embeds)
+            num_placeholders = int(image_mask.sum())
+            if num_placeholders != len(image_tokens):
+                raise ValueError(
+                    f"The pictures give {len(image_tokens)} image tokens, but the text has {num_placeholders} "
+                    f"placeholders (token id {self.config.image_token_id}). Make pixel_values and input_ids in one "
+                    "call of the processor, with one image token in the text for each picture."
+                )
+            if inputs_embeds is None:
+                inputs_embeds = self.get_input_embeddings()(input_ids)
+            extra = self.language_model_interface.embedding_arguments(
+                self.language_model, input_ids, image_mask, self.config.text_config.pad_token_id or 0
+            )
+            inputs_embeds = inputs_embeds.masked_scatter(
+                image_mask.unsqueeze(-1), image_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
+            )
+            input_ids = None
+        elif input_ids is not None and sequence_length > 1 and bool((input_ids == self.config.image_token_id).any()):
+            raise ValueError(
+                "The text has image tokens, but no pixel_values came with it. Pass what the processor returned whole: "
+                "model(**inputs), model.generate(**inputs)."
+            )
+        self.language_model_interface.check_padding(attention_mask)
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = default_position_ids(attention_mask, past_length, sequence_length, sequence.device)
+        arguments = self.language_model_interface.arguments(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **extra,
+            **kwargs,
+        )
+        return arguments, image_tokens
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Last hidden states `(batch, sequence, hidden_size)`. Arguments as in `AnyVlmForConditionalGeneration`."""
+        arguments, _ = self._language_model_inputs(
+            input_ids,
+            inputs_embeds,
+            pixel_values,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            mm_encoder_outputs,
+            **kwargs,
+        )
+        outputs = base_language_model(self.language_model)(**arguments, return_dict=True)
+        return BaseModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.get("past_key_values"),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
+        """As transformers', but a weight that the checkpoint lacks is an error, never a random weight.
+
+        Raises:
+            ValueError: the checkpoint lacks weights; the message names them. Or a part has code of its own, and
+                `trust_remote_code=True` was not passed.
+        """
+        kwargs = trusted_config(cls.config_class, pretrained_model_name_or_path, kwargs)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        missing = sorted(info["missing_keys"])
+        if missing:
+            named = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(missing)} weights of the model: {named}. They would be "
+                "random, so nothing is loaded. Save the checkpoint again with save_pretrained, whole."
+            )
+        for part in (model.vision_tower, model.language_model):
+            restore_computed_tensors(part)
+        return (model, info) if output_loading_info else model
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel") -> None:
+        """Nothing to do: Auto classes call this at every remote load, and the config writes `auto_map`."""
