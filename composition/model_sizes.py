@@ -90,6 +90,7 @@ def measure_cache(language_model: PreTrainedModel, dtype: torch.dtype) -> CacheR
         # Grouped matrix products of experts take bf16 alone on the meta device; sizes are scaled to `dtype` below.
         model = build_on_meta(type(language_model), language_model.config, torch.bfloat16)
         model.config.pad_token_id = None  # some look for padding in the ids, which have no values here
+        model.set_attn_implementation("eager")  # nor have masks, which others look into
         first, started = _cache_bytes(model, 32, dtype), time.monotonic()
         second = _cache_bytes(model, 64, dtype)
     except Exception:  # noqa: BLE001 - a model that cannot run on the meta device can fail in any way

@@ -44,6 +44,7 @@ def load_vision_tower(source: PartSource, dtype: torch.dtype | None = None, trus
     Raises:
         CompositionError: there is no tower in it, or its weights are not all there.
     """
+    _check_source(source)
     if isinstance(source, PreTrainedModel):
         return _adopt(_vision_part(source), AutoModel, "vision_config", trust_remote_code)
     code = find_remote_code(source, "AutoModel", trust_remote_code)
@@ -91,6 +92,7 @@ def load_language_model(
     Raises:
         CompositionError: there is no causal language model in it, or its weights are not all there.
     """
+    _check_source(source)
     language_model = _load_language_model(source, dtype, trust_remote_code)
     _describe_decoder(language_model.config)
     return language_model
@@ -268,13 +270,16 @@ def pretrained_name(source: Any) -> str | None:
     return getattr(source, "name_or_path", None) or None
 
 
-def _config_of(source: PartSource, trust_remote_code: bool) -> PreTrainedConfig:
-    if isinstance(source, PreTrainedConfig):
-        return copy.deepcopy(source)
-    if not isinstance(source, (str, os.PathLike)):
+def _check_source(source: Any) -> None:
+    if not isinstance(source, (str, os.PathLike, PreTrainedConfig, PreTrainedModel)):
         raise TypeError(
             f"A part must be a Hub id, a local path, a PreTrainedConfig or a PreTrainedModel, not {type(source).__name__}."
         )
+
+
+def _config_of(source: PartSource, trust_remote_code: bool) -> PreTrainedConfig:
+    if isinstance(source, PreTrainedConfig):
+        return copy.deepcopy(source)
     return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
 
 

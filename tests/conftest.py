@@ -6,7 +6,9 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"  # also of the processes a test starts: with more threads, kernels round otherwise
+    os.environ["OMP_NUM_THREADS"] = (
+        "1"  # also of the processes a test starts: with more threads, kernels round otherwise
+    )
 
 import pytest
 import torch

@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 import anyvlm
 from anyvlm.compatibility import tiny_configs
 from anyvlm.composition import compatibility_table
+from anyvlm.composition.parts import load_language_model
 from anyvlm.composition.probe import probe_vision_tower
 from anyvlm.composition.small_copies import shallow_copy, thin_copy, tiny_copy
 from anyvlm.modeling.vision_towers import build_vision_tower
@@ -67,13 +68,18 @@ def test_numbers_are_those_of_the_composed_model_for_every_language_model(text, 
     report = anyvlm.check(vision_config("dinov2"), config, tokenizer=tiny_tokenizer())
     model, processor = anyvlm.compose(vision_config("dinov2"), config, tokenizer=tiny_tokenizer())
     assert_describes(report, model, processor)
-    assert report.new_embedding_rows == 1
+    rows = [part.get_input_embeddings().weight.shape[0] for part in (model, load_language_model(config))]
+    assert report.new_embedding_rows == rows[0] - rows[1]
 
     ids = torch.zeros(1, 1000, dtype=torch.long)
     with torch.no_grad():
-        cache = model.language_model(input_ids=ids, use_cache=True, return_dict=True)
+        outputs = model.language_model(input_ids=ids, use_cache=True, return_dict=True)
+    caches = [outputs[key] for key in ("past_key_values", "cache_params") if outputs.get(key) is not None]
+    if not caches or text == "moshi":  # openai-gpt has none, rwkv a state of its own kind; moshi does not run on meta
+        assert report.cache is None
+        return
     tensors = []
-    for layer in (cache.get("past_key_values") or cache["cache_params"]).layers:
+    for layer in caches[0].layers:
         for value in vars(layer).values():
             values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
             tensors += [tensor for tensor in values if isinstance(tensor, torch.Tensor)]

@@ -1,7 +1,6 @@
 """compose(): kinds of parts, what is kept, what is new, and what is refused."""
 
 import copy
-import json
 
 import pytest
 import torch
@@ -438,9 +437,10 @@ class TestRefusals:
         with pytest.raises(anyvlm.CompositionError, match="embed"):
             compose(fusion="telepathy")
 
-    def test_something_that_is_no_part(self):
+    @pytest.mark.parametrize("part", ["vision", "text"])
+    def test_something_that_is_no_part(self, part):
         with pytest.raises(TypeError, match="Hub id"):
-            compose(vision=42)
+            compose(**{part: 42})
 
     def test_weights_that_are_not_finite(self):
         language_model = AutoModelForCausalLM.from_config(text_config("llama"))
@@ -452,21 +452,3 @@ class TestRefusals:
     def test_audio(self):
         with pytest.raises(anyvlm.CompositionError, match="not supported yet"):
             compose(audio=CONFIG_MAPPING["whisper"]())
-
-    def test_part_with_remote_code(self, tmp_path):
-        """Its code would not travel, and the checkpoint would not load: refused, not saved broken."""
-        text_config("llama").save_pretrained(tmp_path)
-        config = json.loads((tmp_path / "config.json").read_text())
-        config["model_type"] = "homemade"
-        config["auto_map"] = {
-            "AutoConfig": "homemade.HomemadeConfig",
-            "AutoModelForCausalLM": "homemade.HomemadeForCausalLM",
-        }
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        (tmp_path / "homemade.py").write_text(
-            "from transformers import LlamaConfig, LlamaForCausalLM\n"
-            "class HomemadeConfig(LlamaConfig):\n    model_type = 'homemade'\n"
-            "class HomemadeForCausalLM(LlamaForCausalLM):\n    config_class = HomemadeConfig\n"
-        )
-        with pytest.raises(anyvlm.CompositionError, match="remote code|no causal language model"):
-            compose(text=tmp_path, trust_remote_code=True)
