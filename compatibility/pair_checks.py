@@ -42,7 +42,10 @@ NO_PADDING = "batch of one only"
 PADDING = {("left",): RIGHT_PADDING_ONLY, ("right",): LEFT_PADDING_ONLY, ("left", "right"): NO_PADDING}
 NO_CACHE = "no cache"
 NO_CHECKPOINTING = "no gradient checkpointing: {}"
+NO_GRID = "no grid"
 MARKS = {
+    NO_GRID: "the tower's features are no grid of places in the picture, such as the queries of a detector; each becomes "
+    "a token all the same",
     RIGHT_PADDING_ONLY: "the language model by itself gives other results for a left-padded text, so train with right "
     "padding and generate one sample at a time",
     LEFT_PADDING_ONLY: "the language model by itself gives other results for a right-padded text",
@@ -147,6 +150,9 @@ def _details(composed: ComposedModel) -> dict[str, Any]:
 
 def _run_checks(composed: ComposedModel, result: PairResult) -> None:
     supporting = composed.checkpointing_parts()
+    rows, columns = composed.model.config.vision_tower_spec["grid"]
+    if rows == 1 and columns > 1:
+        result.marks.append(NO_GRID)
     result.marks += [NO_CHECKPOINTING.format(part) for part in ("tower", "language model") if part not in supporting]
     if not composed.uses_cache():
         result.marks.append(NO_CACHE)

@@ -45,7 +45,7 @@ def probe_vision_tower(
         CompositionError: the tower takes something else than pictures of this size, or its output cannot be read.
     """
     name = type(vision_tower).__name__
-    spec, raw_features = _run(vision_tower, image_size, layer, name)
+    spec, raw_features, has_places = _run(vision_tower, image_size, layer, name)
     spec["image_size"] = list(image_size)
     if spec["patch"] is not None:
         return _patch_spec(vision_tower, spec, raw_features, layer, name)
@@ -77,7 +77,8 @@ def probe_vision_tower(
             grid = (1, num_features)
         else:
             prefix, suffix = tokens_beside_patches(vision_tower, spec, num_features)
-            grid = factor_grid(num_features - prefix - suffix, image_size)
+            num_patches = num_features - prefix - suffix
+            grid = factor_grid(num_patches, image_size) if has_places else (1, num_patches)
     else:
         shape = raw_features[0].shape
         grid = tuple(shape[2:4]) if layout == "channels_first" else tuple(shape[1:3])
@@ -204,9 +205,14 @@ def _run_alone(run, picture: torch.Tensor, name: str) -> torch.Tensor:
     return alone.detach()
 
 
-def _run(vision_tower, image_size, layer, name) -> tuple[dict, list[torch.Tensor]]:
+#: How a message names the rows of `PICTURE_INPUTS`.
+_SPOKEN = {kind: kind.replace("_", " ") for kind in PICTURE_INPUTS} | {"pictures": "whole pictures"}
+
+
+def _run(vision_tower, image_size, layer, name) -> tuple[dict, list[torch.Tensor], bool]:
     """First on the meta device, then for real; in each way that the tower may take pictures, plainly and with
-    interpolated position embeddings. Returns the spec so far and the raw features of two pictures."""
+    interpolated position embeddings. Returns the spec so far, the raw features of two pictures, and whether they are of
+    places in one picture."""
     candidates = candidate_inputs(vision_tower, image_size, name)
     if PICTURE_INPUTS[candidates[0]["inputs"]].is_patches:
         edge = patch_edge(vision_tower.config)
@@ -237,9 +243,11 @@ def _run(vision_tower, image_size, layer, name) -> tuple[dict, list[torch.Tensor
                         if layer is None:
                             outputs = tower(**tower_arguments(spec, pictures, {}), **call_kwargs)
                             spec["output"] = _output_name(outputs, name)
+                            has_places = not _is_decoded(outputs)
                             raw_features = [select_output(outputs, spec["output"])]
                         else:
                             raw_features = call_vision_tower(tower, spec, pictures, layer)
+                            has_places = True
                 except CompositionError:
                     raise
                 except Exception as error:  # noqa: BLE001 - a tower may fail in any way; what it said is reported below
@@ -247,13 +255,21 @@ def _run(vision_tower, image_size, layer, name) -> tuple[dict, list[torch.Tensor
                     continue
                 one_row = raw_features[0].ndim == 3 and raw_features[0].shape[0] == 1  # pixtral
                 if PICTURE_INPUTS[spec["inputs"]].is_patches or raw_features[0].shape[0] == 2 or one_row:
-                    return spec, raw_features
+                    return spec, raw_features, has_places and spec["inputs"] != "frames"
                 errors.append(f"2 pictures gave features of shape {tuple(raw_features[0].shape)}")
     height, width = image_size
     raise CompositionError(
-        f"{name} cannot be run on one picture of {height}x{width} pixels at a time: {errors[0].rstrip('.')}. If it was "
-        "made for another size, pass image_size=…; the nearest that works with any: dinov2 or siglip_vision_model."
+        f"{name} could not be run on single pictures of {height}x{width} pixels, as "
+        f"{' nor as '.join(dict.fromkeys(_SPOKEN[candidate['inputs']] for candidate in candidates))}: "
+        f"{errors[0].rstrip('.')}. If it was made for another size, pass image_size=…; if it takes something else (pairs, "
+        "codes), it cannot be a vision tower: pass one such as dinov2 or siglip_vision_model."
     )
+
+
+def _is_decoded(outputs) -> bool:
+    """Whether a detector's decoder gave the features: those are of its queries, not of places in the picture."""
+    decoders = ("encoder_last_hidden_state", "intermediate_hidden_states")
+    return isinstance(outputs, Mapping) and any(outputs.get(key) is not None for key in decoders)
 
 
 def _output_name(outputs, name: str) -> str:
