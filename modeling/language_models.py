@@ -184,7 +184,10 @@ class LanguageModelInterface:
                 "`inputs_embeds` alone. Pass `input_ids`."
             )
         text_ids = input_ids.masked_fill(image_mask, pad_token_id)
-        return {"per_layer_inputs": base_language_model(language_model).get_per_layer_inputs(text_ids)}
+        get_per_layer_inputs = base_language_model(language_model).get_per_layer_inputs
+        # gemma4 asks for embeddings too, to guess ids from where there are none; before transformers 5.23 always.
+        asks = "inputs_embeds" in inspect.signature(get_per_layer_inputs).parameters
+        return {"per_layer_inputs": get_per_layer_inputs(text_ids, **({"inputs_embeds": None} if asks else {}))}
 
 
 def default_position_ids(
