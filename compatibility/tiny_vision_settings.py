@@ -207,6 +207,14 @@ _UNWARPING = {
     "stage_configs": [[[8, 1]], [[8, 2]], [[8, 5]], [[8, 8]], [[8, 12]], [[8, 18]]],
 }
 _TIMM = {"architecture": "vit_tiny_patch16_224"}
+#: Without its labels, transformers would ask timm for them.
+_TIMM_STAGES = {
+    "model_type": "timm_wrapper",
+    "architecture": "repvit_m1",
+    "num_classes": 0,
+    "label_names": [],
+    "model_args": {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]},
+}
 
 #: model type -> edge of its pictures in pixels, where it is not the common one.
 PICTURE_SIZE: dict[str, int] = {
@@ -310,6 +318,7 @@ VISION_OF_TYPE: dict[str, dict] = {
         "fusion_hidden_size": 16,
         "backbone_out_indices": [0, 1, 1, 1],
     },
+    "edgetam_vision_model": {"backbone_config": _TIMM_STAGES},
     "efficientloftr": {
         "stage_num_blocks": [1, 1, 1, 1],
         "out_features": [8, 16, 24, 32],

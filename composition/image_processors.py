@@ -3,7 +3,7 @@
 import copy
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,20 +42,29 @@ def load_image_processor(
     that keeps a picture's proportions is set to resize to one size. `image_size` sets one size for any tower.
 
     Raises:
-        CompositionError: the processor cannot be brought to one size.
+        CompositionError: the processor given cannot be brought to one size, or cannot be saved.
     """
     config = vision_tower.config
+    stated = _timm_input(vision_tower)
+    stated_size = stated.pop("size", None)
     row = PICTURE_INPUTS[picture_inputs(vision_tower)]
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     processor = image_processor if isinstance(image_processor, BaseImageProcessor) else None
     source = image_processor if isinstance(image_processor, (str, os.PathLike)) else pretrained_name(vision)
     if processor is None and source is not None:
-        processor = _load(source, required=image_processor is not None, trust_remote_code=trust_remote_code)
+        processor = _load(source, image_processor is not None, trust_remote_code, warn=not stated)
+    if processor is not None and not _can_be_saved(processor):
+        if image_processor is not None:
+            raise CompositionError(
+                f"{type(processor).__name__} cannot be saved and loaded with the model. Leave image_processor out, and one "
+                "is made from what the tower states about its pictures; or pass one such as ViTImageProcessor."
+            )
+        processor = None
     if processor is None and size is None and row.from_processor:
         processor = _family_processor(config)
-    default_size = size or _default_size(config, row)
+    default_size = size or stated_size or _default_size(config, row)
     if processor is None:
-        return _plain_processor(default_size, _stated_settings(source)), default_size
+        return _plain_processor(default_size, {**stated, **_stated_settings(source)}), default_size
     processor = copy.deepcopy(processor)
     if row.from_processor and size is None and _makes_patches(processor, row):
         return processor, default_size
@@ -84,12 +93,14 @@ def load_image_processor(
     return processor, measured
 
 
-def _load(source: str, required: bool, trust_remote_code: bool) -> BaseImageProcessor | None:
+def _load(source: str, required: bool, trust_remote_code: bool, warn: bool) -> BaseImageProcessor | None:
     try:
         return AutoImageProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         if required:
             raise
+        if not warn:
+            return None
         logger.warning(
             "No image processor could be loaded with the vision tower (%s). A plain one is used: resize, scale to 0-1, "
             "normalise with the mean and deviation that its files state, or else 0.5. If the tower was trained with "
@@ -180,6 +191,40 @@ def fits_tower(
         )
         return False
     return True
+
+
+def _can_be_saved(processor: BaseImageProcessor) -> bool:
+    """Whether a processor can be made again of what it writes. transformers' wrapper of timm's transforms cannot, and
+    needs torchvision besides."""
+    try:
+        type(processor).from_dict(processor.to_dict())
+    except TypeError:
+        return False
+    return True
+
+
+def _timm_input(vision_tower: nn.Module) -> dict:
+    """Settings of a plain processor for a tower that wraps a timm model, and the `size` of its pictures; else empty.
+
+    timm describes the pictures of a model in a `pretrained_cfg`. That of the checkpoint is in the tower's config; the
+    model's own is of the weights that timm has for its architecture. timm crops the middle of a picture to evaluate;
+    here the whole picture is shown.
+    """
+    described = [getattr(vision_tower.config, "pretrained_cfg", None)]
+    described += [getattr(child, "pretrained_cfg", None) for child in vision_tower.children()]
+    needed = {"input_size", "mean", "std"}
+    described = next((found for found in described if isinstance(found, Mapping) and needed <= found.keys()), None)
+    if described is None:
+        return {}
+    resampling = Image.Resampling.__members__
+    model_args = getattr(vision_tower.config, "model_args", None) or {}
+    size = model_args.get("img_size") or tuple(described["input_size"])[-2:]
+    return {
+        "size": (size, size) if isinstance(size, int) else tuple(size),
+        "image_mean": list(described["mean"]),
+        "image_std": list(described["std"]),
+        "resample": resampling.get(str(described.get("interpolation")).upper(), Image.Resampling.BILINEAR),
+    }
 
 
 def _stated_settings(source: str | os.PathLike | None) -> dict:

@@ -1,6 +1,7 @@
 """Load a part from what the caller passed: Hub id, local path, config or model instance."""
 
 import copy
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -73,7 +74,9 @@ def _load_vision_tower(source, whole_config, config, tower_class, dtype, trust_r
     if type(whole_config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         # Such a model names the weights of its tower in its own way, so it is loaded whole.
         return _vision_part(_load(AutoModelForImageTextToText, source, whole_config, dtype, trust_remote_code))
-    return _load(tower_class, source, config, dtype, trust_remote_code)
+    # The base class's loader: that of timm_backbone takes names of timm's weights instead, and downloads them.
+    loader = functools.partial(PreTrainedModel.from_pretrained.__func__, tower_class)
+    return _load(tower_class, source, config, dtype, trust_remote_code, loader)
 
 
 def vision_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -355,12 +358,17 @@ def _adopt(model: PreTrainedModel, auto_class: type, key: str, trust_remote_code
 
 
 def _load(
-    auto_class, source: PartSource, config: PreTrainedConfig, dtype, trust_remote_code: bool | None = None
+    auto_class,
+    source: PartSource,
+    config: PreTrainedConfig,
+    dtype,
+    trust_remote_code: bool | None = None,
+    loader: Callable | None = None,
 ) -> nn.Module:
     if isinstance(source, PreTrainedConfig):
         kwargs = {} if dtype is None else {"dtype": dtype}
         return auto_class.from_config(config, trust_remote_code=trust_remote_code, **kwargs)
-    model, info = auto_class.from_pretrained(
+    model, info = (loader or auto_class.from_pretrained)(
         source,
         config=config,
         dtype=dtype or "auto",
