@@ -111,7 +111,7 @@ def tokens_beside_patches(vision_tower: nn.Module, spec: dict, num_features: int
 
 def _places_of_map(hidden_state: torch.Tensor, width: int) -> int | None:
     """Places of a hidden state that is a map of the given width (timm's, of which the other tokens were cut off)."""
-    if hidden_state.ndim != 4:
+    if not isinstance(hidden_state, torch.Tensor) or hidden_state.ndim != 4:
         return None
     _, first, middle, last = hidden_state.shape
     return middle * last if first == width else first * middle if last == width else None
