@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..modeling.language_models import causal_lm_class
@@ -159,6 +161,11 @@ def find_config(source: PartSource, trust_remote_code: bool) -> PreTrainedConfig
     name = os.fspath(source)
     if not os.path.exists(name) and name in CONFIG_MAPPING:
         return CONFIG_MAPPING[name]()
+    try:
+        if not os.path.exists(name):
+            validate_repo_id(name)
+    except HFValidationError as error:
+        raise OSError(f"{name} is no folder here, and neither a model type of transformers nor a Hub id.") from error
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except OSError as error:

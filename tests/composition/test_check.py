@@ -289,6 +289,8 @@ class TestSources:
     def test_an_unknown_source_is_an_error_that_names_it(self):
         with pytest.raises(OSError, match=r"dino2 is no folder here and no model type.*dinov2"):
             anyvlm.check("dino2", "llama")
+        with pytest.raises(OSError, match=r"^\./towers/mine is no folder here, and neither .* nor a Hub id\.$"):
+            anyvlm.check("./towers/mine", "llama")
 
     def test_an_unknown_projector_is_an_error(self):
         with pytest.raises(ValueError, match="mlp"):
