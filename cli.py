@@ -148,7 +148,7 @@ def compose(
         model.save_pretrained(output)
         processor.save_pretrained(output)
 
-    description = describe_parts(model)
+    description = describe_parts(model, processor)
     table = Table("part", "type")
     table.add_column("parameters", justify="right")
     for name, part in description["parts"].items():
@@ -158,7 +158,8 @@ def compose(
     console = Console()
     console.print(table)
     height, width = description["picture_size"]
-    console.print(f"A picture of {height}x{width} pixels takes {description['tokens_per_picture']} tokens.")
+    others = "" if description["one_size"] else " Pictures keep their own sizes: others take more or fewer."
+    console.print(f"A picture of {height}x{width} pixels takes {description['tokens_per_picture']} tokens.{others}")
     typer.echo(f"Saved to {output}")
 
 

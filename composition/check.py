@@ -12,13 +12,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..configuration.configuration_anyvlm import AnyVlmConfig
-from ..configuration.image_tokens import image_grid, num_image_tokens
+from ..configuration.image_tokens import num_tokens_of_grid
 from ..modeling.projectors import build_projector
+from ..processing.processing_anyvlm import grids_of_sizes, makes_one_size
 from .compatibility_report import CompatibilityReport
 from .compatibility_table import table_row
 from .compose import _assemble
 from .errors import CompositionError
-from .image_processors import load_image_processor
+from .image_processors import fits_tower, load_image_processor
 from .language_model_probe import probe_generation, probe_language_model
 from .model_sizes import (
     TRAINING_SETUPS,
@@ -116,9 +117,13 @@ def _open(
     try:
         part = open_part(kind, source, dtype, trust_remote_code)
         if part.made_causal and pretrained_name(source):
+            name, of_a_pair = type(part.model).__name__, getattr(source, "is_encoder_decoder", False)
             report.notes.append(
-                f"{type(part.model).__name__} was trained as an encoder. Composed, it is a causal decoder and must learn "
-                "to write: train the language model, not the projector alone."
+                f"{name} was trained to read the output of an encoder, which it does without when composed: train the "
+                "language model, not the projector alone."
+                if of_a_pair
+                else f"{name} was trained as an encoder. Composed, it is a causal decoder and must learn to write: train "
+                "the language model, not the projector alone."
             )
         return part
     except CompositionError as error:
@@ -185,9 +190,14 @@ def _examine_tower(
 ) -> dict | None:
     """The tower's `vision_tower_spec`; `None` if it is refused or not known, with the reason in the report."""
     try:
-        _, size = load_image_processor(image_processor, source, part.model, image_size, trust_remote_code)
+        processor, size = load_image_processor(image_processor, source, part.model, image_size, trust_remote_code)
         report.image_size = size
         spec = part.examine(lambda tower: probe_vision_tower(tower, size))
+        if spec is not None:
+            if not fits_tower(processor, part.run, spec, None):
+                processor, size = load_image_processor(None, part.model.config, part.model, size, False)
+            report.grid = grids_of_sizes(processor, spec, [size])[0]
+            report.one_size = makes_one_size(processor, spec)
         _consult_table(part, report, unknown)
         return spec
     except CompositionError as error:
@@ -245,8 +255,7 @@ def _describe(report: CompatibilityReport, tower, language_model, spec, projecto
     if tower is not None:
         parts.append(describe_part("vision_tower", tower.model, tower.known_from))
     if spec is not None:
-        report.grid = image_grid(spec, *report.image_size)
-        report.tokens_per_picture = num_image_tokens(spec, projector_config, *report.image_size)
+        report.tokens_per_picture = num_tokens_of_grid(projector_config, report.grid)
     if language_model is None:
         return
     model = language_model.model

@@ -65,6 +65,8 @@ class CompatibilityReport:
         image_size: Pixels `(height, width)` of a picture, as the tower gets it.
         grid: Rows and columns of image tokens.
         tokens_per_picture: Image tokens that one picture takes.
+        one_size: Whether every picture is brought to `image_size`; else that, `grid` and `tokens_per_picture` are an
+            example, and a picture's own size decides.
         max_position_embeddings: Tokens that the language model was made for, where its config says so.
         training_bytes: What is trained -> weights, gradients and AdamW's two moments, all in `dtype`, without
             activations.
@@ -89,6 +91,7 @@ class CompatibilityReport:
     image_size: tuple[int, int] | None = None
     grid: tuple[int, int] | None = None
     tokens_per_picture: int | None = None
+    one_size: bool | None = None
     max_position_embeddings: int | None = None
     training_bytes: dict[str, int] = field(default_factory=dict)
     cache: CacheReport | None = None
@@ -160,11 +163,12 @@ class CompatibilityReport:
             return []
         pixels = f"{self.image_size[0]}x{self.image_size[1]} pixels"
         if self.tokens_per_picture is None or self.grid is None:
-            return [("picture", f"{pixels}; number of tokens unknown")]
+            return [("picture", f"{pixels}; number of tokens unknown, the vision tower could not be run here")]
         line = f"{pixels}: {self.tokens_per_picture} tokens ({self.grid[0]}x{self.grid[1]})"
         if self.context_share is not None:
             line += f", {self.context_share:.1%} of {self.max_position_embeddings:,} positions"
-        return [("picture", line)]
+        example = [] if self.one_size else [("", "an example: pictures keep their own sizes unless image_size is set")]
+        return [("picture", line), *example]
 
     def _memory_lines(self) -> list[tuple[str, str]]:
         if self.parameters is None:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import logging
+import math
 import os
 from collections.abc import Sequence
 
@@ -14,10 +15,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..configuration.configuration_anyvlm import FUSIONS, AnyVlmConfig
-from ..configuration.image_tokens import num_image_tokens
 from ..modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
 from ..modeling.projectors import build_projector
-from ..processing.processing_anyvlm import AnyVlmProcessor
+from ..processing.processing_anyvlm import AnyVlmProcessor, grids_of_sizes
 from .chat_templates import chat_template_with_images
 from .errors import CompositionError
 from .image_processors import fits_tower, load_image_processor
@@ -113,7 +113,7 @@ def compose(
             picture_processor, size = load_image_processor(None, vision_tower.config, vision_tower, size, False)
         features = probe_features(vision_tower, spec, layer, is_trained=not isinstance(vision, PreTrainedConfig))
 
-        _check_context(language_model, spec)
+        _check_context(language_model, spec, math.prod(grids_of_sizes(picture_processor, spec, [size])[0]))
         embedding_width = _embedding_width(language_model)
         projector_config = {
             "in_features": spec["hidden_size"],
@@ -205,14 +205,13 @@ def embedding_rms(language_model: nn.Module, max_rows: int = 4096) -> torch.Tens
     return values[used].square().mean().sqrt()
 
 
-def _check_context(language_model: nn.Module, spec: dict) -> None:
-    """Warn where a picture leaves a text less room than it takes itself.
+def _check_context(language_model: nn.Module, spec: dict, tokens: int) -> None:
+    """Warn where a picture, which takes `tokens`, leaves a text less room than it takes itself.
 
     Raises:
         CompositionError: one picture alone takes all positions. (Not where pictures keep their own sizes.)
     """
     positions = getattr(language_model.config, "max_position_embeddings", None)
-    tokens = num_image_tokens(spec, {}, *spec["image_size"])
     if positions and tokens >= positions and not spec["any_size"]:
         raise CompositionError(
             f"One picture of {spec['image_size'][0]}x{spec['image_size'][1]} pixels takes {tokens} tokens, and the language "

@@ -298,7 +298,7 @@ def _output_size(processor: BaseImageProcessor) -> tuple[int, int] | None:
         picture = Image.fromarray(np.zeros((height, width, 3), dtype=np.uint8))
         try:
             shape = np.shape(processor(picture, return_tensors="np")["pixel_values"])
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, AttributeError):  # the last from ConvNext's, given a height and width
             return None
         if len(shape) != 4 or shape[0] != 1:
             return None

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..modeling.language_models import causal_lm_class
@@ -164,6 +166,11 @@ def find_config(kind: str, source: PartSource, trust_remote_code: bool) -> PreTr
     name = os.fspath(source)
     if not os.path.exists(name) and name in CONFIG_MAPPING:
         return CONFIG_MAPPING[name]()
+    try:
+        if not os.path.exists(name):
+            validate_repo_id(name)
+    except HFValidationError as error:
+        raise OSError(f"{name} is no folder here, and neither a model type of transformers nor a Hub id.") from error
     try:
         find_remote_code(name, "AutoModel" if kind == "vision" else "AutoModelForCausalLM", trust_remote_code)
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)

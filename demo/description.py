@@ -2,11 +2,14 @@
 
 from typing import Any
 
-from ..configuration.image_tokens import num_image_tokens
+from ..processing.processing_anyvlm import makes_one_size
 
 
-def describe_parts(model) -> dict[str, Any]:
-    """The composed parts: their types, parameters, which of them were trained, and tokens per picture."""
+def describe_parts(model, processor) -> dict[str, Any]:
+    """The composed parts: their types, parameters, which of them were trained, and tokens of an example picture.
+
+    `one_size` is false where pictures keep their own sizes, and take more or fewer tokens than the example.
+    """
     config = model.config
     parts = {
         "vision tower": (model.vision_tower, config.vision_config.model_type),
@@ -14,6 +17,7 @@ def describe_parts(model) -> dict[str, Any]:
         "language model": (model.language_model, config.text_config.model_type),
     }
     spec = config.vision_tower_spec
+    example = processor._get_num_multimodal_tokens([spec["image_size"]]).num_image_tokens[0]
     return {
         "parts": {
             name: {
@@ -24,5 +28,6 @@ def describe_parts(model) -> dict[str, Any]:
             for name, (part, part_type) in parts.items()
         },
         "picture_size": list(spec["image_size"]),
-        "tokens_per_picture": num_image_tokens(spec, config.projector_config, *spec["image_size"]),
+        "tokens_per_picture": example,
+        "one_size": makes_one_size(processor.image_processor, spec),
     }

@@ -110,7 +110,7 @@ def _run(output: Path, recipe: Recipe, parts: Parts, seed: int, console: Console
     questions = held_out_questions(held_out_digits, recipe.held_out_per_kind, seed)
     with clock.phase("composing"), console.status("Composing the parts…"):
         model, processor = compose_parts(parts, seed)
-        description = describe_parts(model)
+        description = describe_parts(model, processor)
     _show_parts(console, description)
 
     output.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Processor of a composed model: the tower's image processor and the language model's tokenizer, unchanged."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from PIL import Image
@@ -108,25 +109,18 @@ class AnyVlmProcessor(ProcessorMixin):
 
     @property
     def _patch_keys(self) -> list[str]:
-        """What the tower takes beside patches, under the names of image processors; empty for whole pictures."""
-        return list(PICTURE_INPUTS[self.vision_tower_spec["inputs"]].from_processor.values())
-
-    def _image_grids(self, image_inputs: dict) -> list[tuple[int, int]]:
-        outputs = {key: image_inputs[key] for key in self._patch_keys if key in image_inputs}
-        return image_grids(self.vision_tower_spec, image_inputs["pixel_values"], outputs)
+        return _patch_keys(self.vision_tower_spec)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The placeholder of picture `image_idx`, as often as that picture takes tokens."""
-        grid = self._image_grids(image_inputs)[image_idx]
+        grid = _grids(self.vision_tower_spec, image_inputs)[image_idx]
         return self.image_token * num_tokens_of_grid(self.projector_config, grid)
 
     def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs) -> MultiModalData:
         """Token counts for pictures of the given `(height, width)` before processing; servers ask for them."""
         if image_sizes is None:
             return MultiModalData()
-        # Only the image processor knows to which size it brings a picture.
-        pictures = [Image.new("RGB", (width, height)) for height, width in image_sizes]
-        grids = self._image_grids(self.image_processor(pictures, return_tensors="pt", **kwargs))
+        grids = grids_of_sizes(self.image_processor, self.vision_tower_spec, image_sizes, **kwargs)
         tokens = [num_tokens_of_grid(self.projector_config, grid) for grid in grids]
         return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * len(image_sizes))
 
@@ -146,6 +140,32 @@ class AnyVlmProcessor(ProcessorMixin):
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoProcessor") -> None:
         """Nothing to do: AutoProcessor calls this at every remote load, and `to_json_file` writes `auto_map`."""
+
+
+def grids_of_sizes(
+    image_processor, vision_tower_spec: dict, image_sizes: list[tuple[int, int]], **kwargs
+) -> list[tuple[int, int]]:
+    """Rows and columns of features of pictures of the given `(height, width)` before processing."""
+    # Only the image processor knows to which size it brings a picture.
+    pictures = [Image.new("RGB", (width, height)) for height, width in image_sizes]
+    return _grids(vision_tower_spec, image_processor(pictures, return_tensors="pt", **kwargs))
+
+
+def makes_one_size(image_processor, vision_tower_spec: dict) -> bool:
+    """Whether pictures of any size take the same tokens; else each keeps its own size or proportions."""
+    height, width = vision_tower_spec["image_size"]
+    wide, tall = grids_of_sizes(image_processor, vision_tower_spec, [(height, 4 * width), (4 * height, width)])
+    return wide == tall
+
+
+def _patch_keys(vision_tower_spec: dict) -> list[str]:
+    """What the tower takes beside patches, under the names of image processors; empty for whole pictures."""
+    return list(PICTURE_INPUTS[vision_tower_spec["inputs"]].from_processor.values())
+
+
+def _grids(vision_tower_spec: dict, image_inputs: Mapping) -> list[tuple[int, int]]:
+    outputs = {key: image_inputs[key] for key in _patch_keys(vision_tower_spec) if key in image_inputs}
+    return image_grids(vision_tower_spec, image_inputs["pixel_values"], outputs)
 
 
 def _picture_lists(images: Any) -> list:

@@ -188,6 +188,12 @@ class TestEncoders:
         model, processor = anyvlm.compose(vision_config("dinov2"), config, tokenizer=tiny_tokenizer())
         assert_describes(report, model, processor)
 
+    def test_the_decoder_of_a_pair_misses_its_encoder(self, table, tmp_path):
+        tiny_configs.text_config("bart").save_pretrained(tmp_path)
+        report = anyvlm.check(vision_config("dinov2"), tmp_path, tokenizer=tiny_tokenizer())
+        assert report.works is True and any("read the output of an encoder" in note for note in report.notes)
+        assert not any("trained as an encoder" in note for note in report.notes)
+
     def test_a_pretrained_one_is_told_to_learn(self, table, tmp_path):
         CONFIG_MAPPING["bert"](**_tiny_bert()).save_pretrained(tmp_path)
         report = anyvlm.check(vision_config("dinov2"), tmp_path, tokenizer=tiny_tokenizer())
@@ -283,6 +289,8 @@ class TestSources:
     def test_an_unknown_source_is_an_error_that_names_it(self):
         with pytest.raises(OSError, match=r"dino2 is no folder here and no model type.*dinov2"):
             anyvlm.check("dino2", "llama")
+        with pytest.raises(OSError, match=r"^\./towers/mine is no folder here, and neither .* nor a Hub id\.$"):
+            anyvlm.check("./towers/mine", "llama")
 
     def test_an_unknown_projector_is_an_error(self):
         with pytest.raises(ValueError, match="mlp"):

@@ -323,6 +323,18 @@ class TestPictureSize:
         with pytest.raises(anyvlm.CompositionError, match="image_size"):
             compose(vision="sam_vision_model", image_size=48)
 
+    def test_processor_that_takes_no_height_and_width(self, tmp_path):
+        """ConvNext's, which ResNets are saved with, fails on them: a plain one with its colours takes its place."""
+        from transformers import ConvNextImageProcessorPil
+
+        torch.manual_seed(0)
+        AutoModel.from_config(vision_config("resnet")).save_pretrained(tmp_path)
+        ConvNextImageProcessorPil(image_mean=[0.1, 0.2, 0.3]).save_pretrained(tmp_path)
+        _, processor = compose(vision=tmp_path, image_size=64)
+        inputs = processor(text="<image>", images=picture(0, (90, 70)), return_tensors="pt")
+        assert inputs["pixel_values"].shape[-2:] == (64, 64)
+        assert tuple(processor.image_processor.image_mean) == (0.1, 0.2, 0.3)
+
     def test_callers_image_processor_is_not_changed(self):
         image_processor = CLIPImageProcessorPil()
         compose(image_processor=image_processor, image_size=32)

@@ -152,6 +152,24 @@ class TestDefaults:
         assert "Gemma4VisionModel does not take what" in caplog.text
 
 
+@pytest.mark.parametrize("tower_type", TOWERS)
+def test_check_counts_the_tokens_that_the_image_processor_gives(tower_type):
+    """An image processor may enlarge a picture to fill its patches, so the tower alone does not know."""
+    parts = tiny_configs.vision_config(tower_type), text_config("llama")
+    report = anyvlm.check(*parts, tokenizer=tiny_tokenizer(), image_processor=TOWERS[tower_type][0])
+    model, processor = compose(parts[0], image_processor=TOWERS[tower_type][0])
+    inputs = encode(processor, ["<image>"], [picture(2, report.image_size)])
+    assert report.tokens_per_picture == int((inputs["input_ids"] == model.config.image_token_id).sum())
+    assert report.one_size is False and "keep their own sizes" in str(report)
+    assert anyvlm.check(*parts, tokenizer=tiny_tokenizer(), image_size=48).one_size is True
+
+
+def test_few_patches_are_no_reason_to_warn(caplog):
+    """784 tokens of 224x224 pixels would not fit the language model, but 24 at most are made."""
+    compose(tiny_configs.vision_config("siglip2_vision_model"), image_processor=TOWERS["siglip2_vision_model"][0])
+    assert "positions that the language model" not in caplog.text
+
+
 def test_plain_pictures_of_another_size_that_can_be_cut():
     """Such towers take any multiple of their patches, without an own processor too."""
     model, _ = compose(tiny_configs.vision_config("siglip2_vision_model"), image_size=32)

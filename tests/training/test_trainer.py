@@ -5,9 +5,18 @@ import pytest
 import torch
 from model_tester import picture
 from tiny_parts import text_config, tiny_tokenizer, vision_config
-from transformers import AutoModelForCausalLM, AutoProcessor, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoProcessor,
+    MiniCPMV4_6ImageProcessorPil,
+    Qwen2VLImageProcessorPil,
+    Siglip2ImageProcessorPil,
+    Trainer,
+    TrainingArguments,
+)
 
 import anyvlm
+from anyvlm.compatibility import tiny_configs
 
 
 NUM_SAMPLES = 48
@@ -32,6 +41,15 @@ class Samples(torch.utils.data.Dataset):
             ],
             "images": images,
         }
+
+
+class SizedSamples(Samples):
+    """The same, with pictures of four sizes."""
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        size = [(70, 90), (200, 64), (40, 40), (33, 120)][index % 4]
+        return {**sample, "images": [image.resize(size) for image in sample["images"]]}
 
 
 def new_model(text="llama", **kwargs):
@@ -110,6 +128,41 @@ def test_accumulation_equals_one_large_batch(tmp_path):
     small.train()
     large.train()
     assert np.abs(losses(small) - losses(large)).max() <= 2e-5
+
+
+@pytest.mark.parametrize(
+    "tower, image_processor",
+    [
+        ("qwen2_5_vl_vision", Qwen2VLImageProcessorPil(patch_size=8, min_pixels=16 * 16, max_pixels=64 * 64)),
+        ("siglip2_vision_model", Siglip2ImageProcessorPil(patch_size=8, max_num_patches=24)),
+        ("minicpmv4_6_vision", MiniCPMV4_6ImageProcessorPil(patch_size=8, scale_resolution=64, slice_mode=False)),
+    ],
+    ids=["packed", "padded", "strip"],
+)
+def test_pictures_of_several_sizes(tower, image_processor, tmp_path):
+    """Patches of all pictures come without an axis of samples, or with another number of places in each batch."""
+    model, processor = anyvlm.compose(
+        vision=tiny_configs.vision_config(tower),
+        text=text_config("llama"),
+        tokenizer=tiny_tokenizer(),
+        image_processor=image_processor,
+    )
+    options = {"max_steps": 2, "learning_rate": 0.0, "data_seed": 0, "per_device_eval_batch_size": 3}
+    small = trainer(tmp_path / "a", model, processor, **{**options, "gradient_accumulation_steps": 4})
+    large = trainer(tmp_path / "b", model, processor, **options, per_device_train_batch_size=16)
+    for run in (small, large):
+        run.train_dataset = SizedSamples()
+        run.train()
+    assert np.abs(losses(small) - losses(large)).max() <= 2e-5
+    samples = [SizedSamples()[index] for index in (0, 1, 4, 5, 10, 15, 20)]
+    predicted = small.predict(samples)
+    with torch.no_grad():
+        alone = [model(**anyvlm.AnyVlmDataCollator(processor)([sample])).loss.item() for sample in samples]
+    weights = [int((anyvlm.AnyVlmDataCollator(processor)([sample])["labels"] != -100).sum()) for sample in samples]
+    assert len(predicted.label_ids) == len(samples)
+    batches = [slice(0, 3), slice(3, 6), slice(6, 7)]
+    means = [np.average(alone[batch], weights=weights[batch]) for batch in batches]
+    assert predicted.metrics["test_loss"] == pytest.approx(np.average(means, weights=[3, 3, 1]), abs=1e-4)
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):
