@@ -75,14 +75,15 @@ def check(
     build_projector({"in_features": 1, "out_features": 1, **projector_config})
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     report = CompatibilityReport(vision=source_as_text(vision), text=source_as_text(text))
-    vision, text = (find_config(source, trust_remote_code) for source in (vision, text))
+    # In the order of `compose`, here as below, so that the first reason is the one that it would give.
+    text = _find_config("text", text, trust_remote_code, report)
+    vision = _find_config("vision", vision, trust_remote_code, report)
     unknown: list[str] = []
 
     with torch.random.fork_rng(), torch.no_grad(), _warnings_in(report.notes):
         torch.manual_seed(0)
-        # In the order of `compose`, so that the first reason is the one that it would give.
-        language_model = _open("text", text, dtype, trust_remote_code, report)
-        tower = _open("vision", vision, dtype, trust_remote_code, report)
+        language_model = None if text is None else _open("text", text, dtype, trust_remote_code, report)
+        tower = None if vision is None else _open("vision", vision, dtype, trust_remote_code, report)
         spec = language_model_spec = None
         if language_model is not None:
             dtype = dtype or language_model.model.dtype
@@ -99,6 +100,15 @@ def check(
     report.notes = list(dict.fromkeys(report.notes))
     report.seconds = round(time.monotonic() - started, 2)
     return report
+
+
+def _find_config(kind: str, source: PartSource, trust_remote_code: bool, report: CompatibilityReport):
+    """The config, or the instance that was passed; `None` if its code is not trusted, with the reason in the report."""
+    try:
+        return find_config(kind, source, trust_remote_code)
+    except CompositionError as error:
+        report.reasons.append(str(error))
+        return None
 
 
 def _open(

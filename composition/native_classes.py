@@ -24,6 +24,10 @@ def describe_llava(tower: WeightlessPart, language_model: WeightlessPart, spec: 
     Args:
         spec: The tower's `vision_tower_spec`.
     """
+    for part in (tower, language_model):
+        # transformers would ask on the terminal whether to run the checkpoint's code.
+        if getattr(part.model.config, "part_code", None) is not None:
+            return f"no; {type(part.model).__name__} is code of its checkpoint, which that class does not carry"
     try:
         llava = build_on_meta(LlavaForConditionalGeneration, _llava_config(tower.model, language_model.model, spec))
     except Exception as error:  # noqa: BLE001 - whatever a class of transformers says about parts it does not fit

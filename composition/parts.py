@@ -76,7 +76,12 @@ def _load_vision_tower(source, whole_config, config, tower_class, dtype, trust_r
         return _vision_part(_load(AutoModelForImageTextToText, source, whole_config, dtype, trust_remote_code))
     # The base class's loader: that of timm_backbone takes names of timm's weights instead, and downloads them.
     loader = functools.partial(PreTrainedModel.from_pretrained.__func__, tower_class)
-    return _load(tower_class, source, config, dtype, trust_remote_code, loader)
+    try:
+        return _load(tower_class, source, config, dtype, trust_remote_code, loader)
+    except CompositionError:
+        if config is whole_config or type(whole_config) not in MODEL_MAPPING:
+            raise
+        return _vision_part(_load(AutoModel, source, whole_config, dtype, trust_remote_code))
 
 
 def vision_config_of(config: PreTrainedConfig) -> PreTrainedConfig:

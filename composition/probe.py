@@ -76,7 +76,7 @@ def probe_vision_tower(
         if select_strategy == "full":
             grid = (1, num_features)
         else:
-            prefix, suffix = tokens_beside_patches(vision_tower, spec, num_features)
+            prefix, suffix = tokens_beside_patches(vision_tower, spec, num_features, sequence[0].shape[-1])
             num_patches = num_features - prefix - suffix
             grid = factor_grid(num_patches, image_size) if has_places else (1, num_patches)
     else:

@@ -81,7 +81,7 @@ def _config_widths(config: PreTrainedConfig) -> list[int]:
     return [value for value in values if isinstance(value, int)]
 
 
-def tokens_beside_patches(vision_tower: nn.Module, spec: dict, num_features: int) -> tuple[int, int]:
+def tokens_beside_patches(vision_tower: nn.Module, spec: dict, num_features: int, width: int) -> tuple[int, int]:
     """How many tokens at the start and at the end of a sequence are not patches.
 
     Tokens that are not patches (CLS, registers, distillation, detection tokens) enter the tower equal for every
@@ -103,7 +103,18 @@ def tokens_beside_patches(vision_tower: nn.Module, spec: dict, num_features: int
         if bool(is_patch.any()):
             positions = is_patch.nonzero().squeeze(1)
             return int(positions[0]), num_features - 1 - int(positions[-1])
-    return num_features - math.prod(_largest_grid(num_features, image_size)), 0
+    num_places = _places_of_map(hidden_states[-1], width) if hidden_states else None
+    if num_places is None or num_places > num_features:
+        num_places = math.prod(_largest_grid(num_features, image_size))
+    return num_features - num_places, 0
+
+
+def _places_of_map(hidden_state: torch.Tensor, width: int) -> int | None:
+    """Places of a hidden state that is a map of the given width (timm's, of which the other tokens were cut off)."""
+    if hidden_state.ndim != 4:
+        return None
+    _, first, middle, last = hidden_state.shape
+    return middle * last if first == width else first * middle if last == width else None
 
 
 def _hidden_states_argument(vision_tower: nn.Module) -> dict:

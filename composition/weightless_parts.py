@@ -16,6 +16,7 @@ from ..modeling.language_models import causal_lm_class
 from .compatibility_table import table_row
 from .errors import CompositionError
 from .parts import _CAUSAL_SWITCHES, PartSource, load_language_model, load_vision_tower
+from .remote_code import find_remote_code
 from .small_copies import build_on_meta, real_copies, shallow_copy, thin_copy, tiny_copy
 
 
@@ -147,14 +148,18 @@ def _causal_config(config: PreTrainedConfig, trust_remote_code: bool) -> tuple[P
     return config, any(getattr(config, name) for name in switches)
 
 
-def find_config(source: PartSource, trust_remote_code: bool) -> PreTrainedConfig | PreTrainedModel:
+def find_config(kind: str, source: PartSource, trust_remote_code: bool) -> PreTrainedConfig | PreTrainedModel:
     """The config of a path, a Hub id or a model type; instances and configs as they are.
 
     Only `config.json` is read. The config remembers where it came from, so that tokenizer and image processor are
     found there.
 
+    Args:
+        kind: `"vision"` or `"text"`.
+
     Raises:
         OSError: it is none of these.
+        CompositionError: it has code of its own, which is not trusted.
     """
     if isinstance(source, (PreTrainedModel, PreTrainedConfig)):
         return source
@@ -167,6 +172,7 @@ def find_config(source: PartSource, trust_remote_code: bool) -> PreTrainedConfig
     except HFValidationError as error:
         raise OSError(f"{name} is no folder here, and neither a model type of transformers nor a Hub id.") from error
     try:
+        find_remote_code(name, "AutoModel" if kind == "vision" else "AutoModelForCausalLM", trust_remote_code)
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except OSError as error:
         if os.path.exists(name):

@@ -396,6 +396,22 @@ class TestSources:
         report = anyvlm.check(source["tower"], source["scaled_lm"], trust_remote_code=True)
         assert report.works and "ScaledForCausalLM" in str(report)
 
+    @pytest.mark.parametrize("part", ["old_style_lm", "tower"])
+    def test_check_without_trust_is_a_refusal_and_runs_nothing(self, tmp_path, sources, part):
+        mark = tmp_path / "mark"
+        result = run_python(CHECK, tmp_path / "home", sources / part, part, "untrusted", REMOTE_PART_MARK=str(mark))
+        report = json.loads(result.stdout)
+        assert report["works"] is False
+        assert "has code of its own" in report["reasons"][0] and "trust_remote_code=True" in report["reasons"][0]
+        # What is known of the other part is said all the same.
+        assert len(report["parts"]) == 1
+        assert not mark.exists()
+        result = run_python(CHECK, tmp_path / "home", sources / part, part, "trusted", REMOTE_PART_MARK=str(mark))
+        report = json.loads(result.stdout)  # and nothing else: nothing is asked
+        assert report["works"] is True
+        assert report["native_classes"]["LlavaForConditionalGeneration"].startswith("no; ")
+        assert mark.exists()
+
     def test_checkpoint_without_a_model_class_for_the_task_is_refused(self, tmp_path, sources):
         with pytest.raises(anyvlm.CompositionError, match="AutoModelForCausalLM for a language model"):
             compose_remote(sources, "tower")
@@ -549,6 +565,16 @@ def replace_in_files(directory: Path, replacements: dict[str, str]) -> None:
         path.write_text(text)
 
 
+CHECK = """
+import json, sys
+from tiny_parts import text_config, tiny_tokenizer, vision_config
+import anyvlm
+source, part, trust = sys.argv[1:]
+parts = {"vision": vision_config("clip_vision_model"), "text": text_config("llama")}
+parts["vision" if part == "tower" else "text"] = source
+report = anyvlm.check(**parts, tokenizer=tiny_tokenizer(), image_size=32, trust_remote_code=trust == "trusted")
+print(json.dumps(report.to_dict()))
+"""
 COMPOSE = """
 import sys
 from tiny_parts import text_config, tiny_tokenizer, vision_config
