@@ -16,7 +16,7 @@ class ComposedModelTester(ComposedModel):
     """A composed model of two types of `tiny_parts.py`, the bare language model it was made from, and the checks."""
 
     def __init__(self, vision: str = "clip_vision_model", text: str = "llama", **compose_arguments):
-        super().__init__(vision_config(vision), text_config(text), TOWERS[vision][1], **compose_arguments)
+        super().__init__(vision_config(vision), text_config(text), TOWERS[vision][0], **compose_arguments)
 
     def check_picture_order_matters(self) -> None:
         text = ["w1 <image> w2 w3 <image> w4"]

@@ -2,6 +2,7 @@
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from anyvlm.compatibility import tiny_configs
 from anyvlm.compatibility.tiny_tokenizer import VOCABULARY, make_sensitive, tiny_tokenizer
 
 
@@ -16,113 +17,30 @@ __all__ = [
 ]
 
 
-#: Settings that most vision configs have; each type takes those it knows.
-_VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 32,
-    "patch_size": 8,
-}
-
-#: model type -> (settings of its own, picture size, tokens that are not patches before and after, grid).
-TOWERS: dict[str, tuple[dict, int, tuple[int, int], tuple[int, int]]] = {
-    "clip_vision_model": ({}, 32, (1, 0), (4, 4)),
-    "siglip_vision_model": ({}, 32, (0, 0), (4, 4)),
-    "dinov2": ({}, 32, (1, 0), (4, 4)),
-    "dinov2_with_registers": ({"num_register_tokens": 2}, 32, (3, 0), (4, 4)),
-    "dinov3_vit": ({"num_register_tokens": 4}, 32, (5, 0), (4, 4)),
-    "vit": ({}, 32, (1, 0), (4, 4)),
-    "deit": ({}, 32, (2, 0), (4, 4)),
-    "beit": ({}, 32, (1, 0), (4, 4)),
-    "yolos": ({"image_size": [32, 32], "num_detection_tokens": 10}, 32, (1, 10), (4, 4)),
-    "ijepa": ({}, 32, (0, 0), (4, 4)),
-    "aimv2_vision_model": ({}, 32, (0, 0), (4, 4)),
-    "mlcd": ({"num_key_value_groups": 1}, 32, (1, 0), (4, 4)),
-    "resnet": ({"embedding_size": 16, "hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1]}, 64, (0, 0), (2, 2)),
-    "convnext": ({"hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 1, 1], "patch_size": 4}, 64, (0, 0), (2, 2)),
-    "swin": (
-        {
-            "embed_dim": 16,
-            "depths": [1, 1, 1],
-            "num_heads": [2, 2, 2],
-            "window_size": 4,
-            "image_size": 64,
-            "patch_size": 4,
-        },
-        64,
-        (0, 0),
-        (4, 4),
-    ),
-    "hiera": (
-        {
-            "embed_dim": 16,
-            "image_size": [64, 64],
-            "depths": [1, 1, 1, 1],
-            "num_heads": [1, 2, 4, 8],
-            "patch_size": [7, 7],
-        },
-        64,
-        (0, 0),
-        (2, 2),
-    ),
-    "mobilevit": (
-        {
-            "hidden_sizes": [16, 24, 32],
-            "neck_hidden_sizes": [8, 8, 16, 16, 24, 24, 40],
-            "image_size": 64,
-            "patch_size": 2,
-        },
-        64,
-        (0, 0),
-        (2, 2),
-    ),
-    "segformer": (
-        {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 4]},
-        64,
-        (0, 0),
-        (2, 2),
-    ),
-    "sam_vision_model": (
-        {"output_channels": 16, "mlp_dim": 64, "window_size": 2, "num_pos_feats": 8},
-        32,
-        (0, 0),
-        (4, 4),
-    ),
-    "sam2_vision_model": (
-        {
-            "backbone_config": {
-                "model_type": "sam2_hiera_det_model",
-                "hidden_size": 16,
-                "image_size": [64, 64],
-                "blocks_per_stage": [1, 1, 2, 1],
-                "embed_dim_per_stage": [16, 32, 48, 64],
-                "num_attention_heads_per_stage": [1, 2, 4, 8],
-                "global_attention_blocks": [3],
-                "window_size_per_stage": [4, 4, 4, 2],
-                "window_positional_embedding_background_size": [4, 4],
-            },
-            "backbone_channel_list": [64, 48, 32, 16],
-            "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
-            "fpn_hidden_size": 16,
-        },
-        64,
-        (0, 0),
-        (2, 2),
-    ),
-    "pvt": (
-        {
-            "image_size": 64,
-            "hidden_sizes": [8, 16, 24, 32],
-            "depths": [1, 1, 1, 1],
-            "num_attention_heads": [1, 2, 2, 4],
-            "patch_sizes": [4, 2, 2, 2],
-        },
-        64,
-        (1, 0),
-        (2, 2),
-    ),
+#: model type -> picture size, tokens that are not patches before and after, grid. Their configs are those of the table of
+#: compatibility; the numbers are what each family's documentation says about its tokens.
+TOWERS: dict[str, tuple[int, tuple[int, int], tuple[int, int]]] = {
+    "clip_vision_model": (32, (1, 0), (4, 4)),
+    "siglip_vision_model": (32, (0, 0), (4, 4)),
+    "dinov2": (32, (1, 0), (4, 4)),
+    "dinov2_with_registers": (32, (3, 0), (4, 4)),
+    "dinov3_vit": (32, (3, 0), (4, 4)),
+    "vit": (32, (1, 0), (4, 4)),
+    "deit": (32, (2, 0), (4, 4)),
+    "beit": (32, (1, 0), (4, 4)),
+    "yolos": (32, (1, 10), (4, 4)),
+    "ijepa": (32, (0, 0), (4, 4)),
+    "aimv2_vision_model": (32, (0, 0), (4, 4)),
+    "mlcd": (32, (1, 0), (4, 4)),
+    "resnet": (64, (0, 0), (2, 2)),
+    "convnext": (64, (0, 0), (2, 2)),
+    "swin": (64, (0, 0), (4, 4)),
+    "hiera": (64, (0, 0), (2, 2)),
+    "mobilevit": (64, (0, 0), (2, 2)),
+    "segformer": (64, (0, 0), (2, 2)),
+    "sam_vision_model": (32, (0, 0), (4, 4)),
+    "sam2_vision_model": (64, (0, 0), (2, 2)),
+    "pvt": (64, (1, 0), (2, 2)),
 }
 
 #: Settings that most text configs have; each type takes those it knows. Scales and caps are set so that they matter.
@@ -256,16 +174,13 @@ LANGUAGE_MODELS: dict[str, dict] = {
 
 
 def vision_config(model_type: str) -> PreTrainedConfig:
-    return _config(model_type, _VISION, TOWERS[model_type][0])
+    return tiny_configs.vision_config(model_type)
 
 
 def text_config(model_type: str) -> PreTrainedConfig:
-    return _config(model_type, _TEXT, LANGUAGE_MODELS[model_type])
-
-
-def _config(model_type: str, common: dict, own: dict) -> PreTrainedConfig:
+    own = LANGUAGE_MODELS[model_type]
     config_class = CONFIG_MAPPING[model_type]
     known = set(config_class.__dataclass_fields__)
     mapped = config_class.attribute_map
-    settings = {key: value for key, value in common.items() if key in known and mapped.get(key) not in own}
+    settings = {key: value for key, value in _TEXT.items() if key in known and mapped.get(key) not in own}
     return config_class(**{**settings, **own})

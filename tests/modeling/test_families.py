@@ -60,7 +60,7 @@ def test_save_and_load(tester, tmp_path):
 def test_patches_are_found(tower):
     """The probe against what each family's documentation says about its tokens."""
     spec = ComposedModelTester(tower).model.config.vision_tower_spec
-    _, size, beside_patches, grid = TOWERS[tower]
+    size, beside_patches, grid = TOWERS[tower]
     assert (spec["num_prefix_tokens"], spec["num_suffix_tokens"]) == beside_patches
     assert tuple(spec["grid"]) == grid
     assert spec["image_size"] == [size, size]
