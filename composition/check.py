@@ -29,6 +29,7 @@ from .model_sizes import (
     head_parameters,
     measure_cache,
     num_parameters,
+    num_positions,
     training_bytes,
 )
 from .native_classes import describe_llava, describe_servers
@@ -268,7 +269,7 @@ def _describe(report: CompatibilityReport, tower, language_model, spec, projecto
     report.dtype = dtype_name(dtype)
     report.embedding_parameters = num_parameters(model.get_input_embeddings())
     report.head_parameters = head_parameters(model)
-    report.max_position_embeddings = getattr(model.config, "max_position_embeddings", None)
+    report.max_position_embeddings = num_positions(model.config)
     if report.reasons or report.parameters is None:
         return
     report.cache = measure_cache(model, dtype)

@@ -25,6 +25,6 @@ def table_row(kind: str, model_type: str) -> dict | None:
 
 
 def nearest_types(kind: str, model_type: str, count: int = 3) -> list[str]:
-    """Model types that work and are named most alike; empty if there are none."""
+    """Model types that work and whose names differ by little, as those of one family do; empty if there are none."""
     working = [name for name, row in compatibility_table()[kind].items() if row["status"] == "works"]
-    return difflib.get_close_matches(model_type, working, n=count, cutoff=0.5)
+    return difflib.get_close_matches(model_type, working, n=count, cutoff=0.75)

@@ -22,6 +22,7 @@ from .chat_templates import chat_template_with_images
 from .errors import CompositionError
 from .image_processors import fits_tower, load_image_processor
 from .language_model_probe import probe_generation, probe_language_model
+from .model_sizes import num_positions
 from .parts import PartSource, load_language_model, load_vision_tower, pretrained_name, source_name
 from .probe import probe_features, probe_vision_tower
 from .tokenizers import add_image_token, load_tokenizer, normalise_special_tokens
@@ -211,7 +212,7 @@ def _check_context(language_model: nn.Module, spec: dict, tokens: int) -> None:
     Raises:
         CompositionError: one picture alone takes all positions. (Not where pictures keep their own sizes.)
     """
-    positions = getattr(language_model.config, "max_position_embeddings", None)
+    positions = num_positions(language_model.config)
     if positions and tokens >= positions and not spec["any_size"]:
         raise CompositionError(
             f"One picture of {spec['image_size'][0]}x{spec['image_size'][1]} pixels takes {tokens} tokens, and the language "

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .compatibility_report import CacheReport, PartReport
 from .small_copies import build_on_meta
@@ -103,6 +103,12 @@ def measure_cache(language_model: PreTrainedModel, dtype: torch.dtype) -> CacheR
     per_token = (second - first) / 32
     fixed = first - 32 * per_token
     return CacheReport(round(fixed + 1000 * per_token), round(1000 * per_token), extrapolated=first != second)
+
+
+def num_positions(config: PreTrainedConfig) -> int | None:
+    """Tokens that a language model was made for; `None` if its config states none, or none in earnest (xlnet: -1)."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
 
 
 def dtype_name(dtype: torch.dtype) -> str:
