@@ -54,7 +54,7 @@ def main(
     \b
       python -m anyvlm.compatibility.run
       python -m anyvlm.compatibility.run --only qwen2_vl_vision --only mamba
-      python -m anyvlm.compatibility.run --pairs 20 --seed 7 --output /tmp/table --journal /tmp/journal.jsonl
+      python -m anyvlm.compatibility.run --pairs 20 --seed 7 --output out/table --journal out/pairs.jsonl
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

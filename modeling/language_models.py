@@ -110,6 +110,8 @@ class LanguageModelInterface:
             language_model.config.hidden_size_per_layer_input
         )
         self.takes_logits_to_keep = "logits_to_keep" in parameters
+        #: Sides on which padding changes a sample's numbers; asked at every step of decoding, and empty for most.
+        self.refused_sides = [side for side in ("left", "right") if not self.spec[f"{side}_padding"]]
         #: transformers >= 5.23 lets each sample keep its own positions; older code keeps the same ones for all.
         self.keeps_logits_per_sample = hasattr(sys.modules[type(language_model).__module__], "slice_logits_to_keep")
 
@@ -147,7 +149,7 @@ class LanguageModelInterface:
             ValueError: padding on a side that the language model cannot take; any padding while `generating` with a
                 model that cannot take it on the left.
         """
-        sides = [side for side in ("left", "right") if not self.spec[f"{side}_padding"]]
+        sides = self.refused_sides
         if not sides or not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
             return
         if generating and "left" in sides and not bool(attention_mask.all()):

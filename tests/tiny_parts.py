@@ -2,6 +2,7 @@
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+import anyvlm
 from anyvlm.compatibility import tiny_configs
 from anyvlm.compatibility.tiny_tokenizer import VOCABULARY, make_sensitive, tiny_tokenizer
 
@@ -10,6 +11,7 @@ __all__ = [
     "LANGUAGE_MODELS",
     "TOWERS",
     "VOCABULARY",
+    "compose",
     "make_sensitive",
     "text_config",
     "tiny_tokenizer",
@@ -184,3 +186,11 @@ def text_config(model_type: str) -> PreTrainedConfig:
     mapped = config_class.attribute_map
     settings = {key: value for key, value in _TEXT.items() if key in known and mapped.get(key) not in own}
     return config_class(**{**settings, **own})
+
+
+def compose(vision="clip_vision_model", text="llama", **kwargs):
+    """`anyvlm.compose` of parts, or of the tiny configs of two model types, with the tiny tokenizer."""
+    kwargs.setdefault("tokenizer", tiny_tokenizer())
+    vision = vision_config(vision) if isinstance(vision, str) else vision
+    text = text_config(text) if isinstance(text, str) else text
+    return anyvlm.compose(vision=vision, text=text, **kwargs)

@@ -5,7 +5,8 @@ import torch
 
 from anyvlm import CompositionError
 from anyvlm.compatibility import pair_checks, tiny_configs
-from anyvlm.compatibility.composed_model import ComposedModel, bare_padding_works
+from anyvlm.compatibility.bare_language_model import bare_padding_works
+from anyvlm.compatibility.composed_model import ComposedModel
 from anyvlm.compatibility.pair_checks import CHECKS, check_pair
 
 
