@@ -36,6 +36,7 @@ from .native_classes import describe_llava, describe_servers
 from .nearest import nearest_size, nearest_types_to
 from .parts import PartSource, pretrained_name
 from .probe import probe_vision_tower
+from .projector_grid import check_projector_grid
 from .small_copies import MAX_REAL_PARAMETERS
 from .tokenizers import add_image_token, load_tokenizer, normalise_special_tokens
 from .weightless_parts import WeightlessPart, find_config, open_part, source_as_text
@@ -92,6 +93,8 @@ def check(
             _fit_tokenizer(language_model, tokenizer, text, image_token, trust_remote_code, report)
         if tower is not None:
             spec = _examine_tower(tower, vision, image_processor, image_size, trust_remote_code, report, unknown)
+        if spec is not None:
+            _examine_projector(projector_config, spec, report)
         if spec is not None and language_model_spec is not None:
             _examine_generation(tower, language_model, spec, language_model_spec, report)
         _describe(report, tower, language_model, spec, projector_config, dtype)
@@ -208,6 +211,14 @@ def _examine_tower(
     return None
 
 
+def _examine_projector(projector_config: dict, spec: dict, report: CompatibilityReport) -> None:
+    try:
+        check_projector_grid(projector_config, spec)
+        report.tokens_per_picture = num_tokens_of_grid(projector_config, report.grid)
+    except CompositionError as error:
+        report.reasons.append(str(error))
+
+
 def _consult_table(part: WeightlessPart, report: CompatibilityReport, unknown: list[str]) -> None:
     missing = part.consult_table()
     if missing is not None:
@@ -255,8 +266,6 @@ def _describe(report: CompatibilityReport, tower, language_model, spec, projecto
     parts = report.parts
     if tower is not None:
         parts.append(describe_part("vision_tower", tower.model, tower.known_from))
-    if spec is not None:
-        report.tokens_per_picture = num_tokens_of_grid(projector_config, report.grid)
     if language_model is None:
         return
     model = language_model.model

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import logging
-import math
 import os
 from collections.abc import Sequence
 
@@ -15,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..configuration.configuration_anyvlm import FUSIONS, AnyVlmConfig
+from ..configuration.image_tokens import num_tokens_of_grid
 from ..modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
 from ..modeling.projectors import build_projector
 from ..processing.processing_anyvlm import AnyVlmProcessor, grids_of_sizes
@@ -25,6 +25,7 @@ from .language_model_probe import probe_generation, probe_language_model
 from .model_sizes import num_positions
 from .parts import PartSource, load_language_model, load_vision_tower, pretrained_name, source_name
 from .probe import probe_features, probe_vision_tower
+from .projector_grid import check_projector_grid
 from .tokenizers import add_image_token, load_tokenizer, normalise_special_tokens
 
 
@@ -58,7 +59,8 @@ def compose(
         vision: The tower: a Hub id, a local path, a config (random weights) or a model instance.
         text: The language model, likewise.
         audio: Not supported yet; anything but `None` is refused.
-        projector: `"linear"`, `"mlp"`, or a dict with `type` and arguments (`modeling/projectors.py`).
+        projector: `"linear"`, `"mlp"`, `"pixel_shuffle"`, `"avg_pool"`, `"patch_merger"`, `"conv"`, or a dict with `type`
+            and arguments (`modeling/projectors.py`).
         fusion: `"embed"`: image tokens take the place of placeholders in the language model's input.
         tokenizer: Instance, path or Hub id. Default: the language model's.
         image_processor: Instance, path or Hub id. Default: the tower's, or a plain one for a config.
@@ -114,7 +116,9 @@ def compose(
             picture_processor, size = load_image_processor(None, vision_tower.config, vision_tower, size, False)
         features = probe_features(vision_tower, spec, layer, is_trained=not isinstance(vision, PreTrainedConfig))
 
-        _check_context(language_model, spec, math.prod(grids_of_sizes(picture_processor, spec, [size])[0]))
+        check_projector_grid(projector_config, spec)
+        grid = grids_of_sizes(picture_processor, spec, [size])[0]
+        _check_context(language_model, spec, num_tokens_of_grid(projector_config, grid))
         embedding_width = _embedding_width(language_model)
         projector_config = {
             "in_features": spec["hidden_size"],

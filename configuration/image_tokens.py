@@ -3,8 +3,7 @@
 import math
 from collections.abc import Mapping
 
-
-Grid = tuple[int, int]
+from .token_grids import Grid, token_grid
 
 
 def image_grid(vision_tower_spec: dict, height: int, width: int) -> Grid:
@@ -58,8 +57,8 @@ def image_grids(vision_tower_spec: dict, pixel_values, processor_outputs: Mappin
 
 
 def num_tokens_of_grid(projector_config: dict, grid: Grid) -> int:
-    """Number of tokens that the projector makes of a ``grid`` of features; `linear` and `mlp` keep their number."""
-    return math.prod(grid)
+    """Number of tokens that the projector makes of a ``grid`` of features."""
+    return math.prod(token_grid(projector_config, grid))
 
 
 def num_image_tokens(vision_tower_spec: dict, projector_config: dict, height: int, width: int) -> int:

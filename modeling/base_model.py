@@ -18,6 +18,7 @@ from .language_models import (
     default_position_ids,
     resize_vocabulary,
 )
+from .norms import RmsNorm
 from .parts import restore_computed_tensors, trusted_config
 from .picture_inputs import PROCESSOR_KEYS
 from .projectors import build_projector
@@ -70,6 +71,8 @@ class AnyVlmModel(PreTrainedModel):
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        elif isinstance(module, (nn.Conv2d, nn.LayerNorm, RmsNorm)):
+            module.reset_parameters()
 
     @torch.no_grad()
     def initialize_weights(self) -> None:

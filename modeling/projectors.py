@@ -2,15 +2,15 @@
 
 A projector is called with `features` of shape `(num_images, num_features, in_features)` and the features' grid
 `(rows, columns)`; it returns `(tokens, grid)` with tokens of shape `(num_images, num_tokens, out_features)`.
-Its `output_layer` is the last linear map, whose scale sets the scale of the tokens.
+Its `output_layer` is the last linear map; what follows it is linear too, so that its scale sets the scale of the tokens.
 """
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 
-
-Grid = tuple[int, int]
+from ..configuration.token_grids import Grid
+from .grid_projectors import AvgPoolProjector, ConvProjector, PatchMergerProjector, PixelShuffleProjector
+from .mlp_projector import MlpProjector
 
 
 class LinearProjector(nn.Module):
@@ -28,40 +28,15 @@ class LinearProjector(nn.Module):
         return self.linear(features), grid
 
 
-class MlpProjector(nn.Module):
-    """`num_layers` linear maps with an activation between them; two are the projector of LLaVA-1.5 (Liu et al. 2023)."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        hidden_features: int | None = None,
-        num_layers: int = 2,
-        hidden_act: str = "gelu",
-        bias: bool = True,
-    ):
-        super().__init__()
-        if num_layers < 2:
-            raise ValueError(f'An mlp projector needs num_layers >= 2, got {num_layers}; for one layer use "linear".')
-        hidden_features = hidden_features or out_features
-        widths = [in_features, *[hidden_features] * (num_layers - 1), out_features]
-        self.layers = nn.ModuleList(
-            nn.Linear(before, after, bias=bias) for before, after in zip(widths[:-1], widths[1:])
-        )
-        self.act = ACT2FN[hidden_act]
-
-    @property
-    def output_layer(self) -> nn.Linear:
-        return self.layers[-1]
-
-    def forward(self, features: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, Grid]:
-        hidden_states = self.layers[0](features)
-        for layer in self.layers[1:]:
-            hidden_states = layer(self.act(hidden_states))
-        return hidden_states, grid
-
-
-PROJECTORS: dict[str, type[nn.Module]] = {"linear": LinearProjector, "mlp": MlpProjector}
+#: Type in `projector_config` -> class. What tokens a type makes of a grid is in `configuration/token_grids.py`.
+PROJECTORS: dict[str, type[nn.Module]] = {
+    "linear": LinearProjector,
+    "mlp": MlpProjector,
+    "pixel_shuffle": PixelShuffleProjector,
+    "patch_merger": PatchMergerProjector,
+    "avg_pool": AvgPoolProjector,
+    "conv": ConvProjector,
+}
 
 
 def build_projector(projector_config: dict) -> nn.Module:

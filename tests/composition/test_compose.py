@@ -19,6 +19,7 @@ from transformers import (
 
 import anyvlm
 from anyvlm.composition.compose import embedding_rms
+from anyvlm.modeling.projectors import PROJECTORS
 
 
 def test_paths_configs_and_instances_give_the_same_parts(saved_parts):
@@ -180,7 +181,7 @@ def _without_bos():
 
 class TestProjector:
     @pytest.mark.parametrize("text", ["llama", "gemma2", "minicpm3", "granite"])
-    @pytest.mark.parametrize("projector", ["linear", "mlp", {"type": "mlp", "num_layers": 3, "hidden_features": 24}])
+    @pytest.mark.parametrize("projector", [*PROJECTORS, {"type": "mlp", "num_layers": 3, "hidden_features": 24}])
     def test_starts_at_the_scale_of_the_embeddings(self, text, projector):
         language_model = AutoModelForCausalLM.from_config(text_config(text))
         make_sensitive(language_model)
@@ -203,7 +204,7 @@ class TestProjector:
 
     def test_unknown_projector_lists_the_known(self):
         with pytest.raises(ValueError, match="linear, mlp"):
-            compose(projector="qformer")
+            compose(projector="magic")
 
     def test_unknown_argument(self):
         with pytest.raises(ValueError, match="depth"):

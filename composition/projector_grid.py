@@ -1,0 +1,31 @@
+"""Whether a projector can make tokens of what a tower gives."""
+
+from ..configuration.token_grids import NEED_ROWS_AND_COLUMNS, TOKEN_GRIDS, Grid, token_grid
+from .errors import CompositionError
+
+
+def check_projector_grid(projector_config: dict, spec: dict) -> Grid:
+    """The grid of tokens of a picture of the size that the tower was measured with.
+
+    Args:
+        spec: The `vision_tower_spec`.
+
+    Raises:
+        CompositionError: the projector needs rows and columns and the features have none, or cannot take their grid, or
+            some of the grids of pictures of their own sizes.
+    """
+    projector_type, (rows, columns) = projector_config["type"], spec["grid"]
+    if projector_type in NEED_ROWS_AND_COLUMNS and rows == 1 and columns > 1:
+        others = sorted(TOKEN_GRIDS.keys() - set(NEED_ROWS_AND_COLUMNS))
+        raise CompositionError(
+            f"Projector {projector_type!r} looks at neighbouring features, but the {columns} features of a picture are not "
+            f'in rows and columns (they are a detector\'s queries, or vision_feature_select_strategy is "full"). Projectors '
+            f'that take them: {", ".join(others)}. Or keep the patches with vision_feature_select_strategy="default".'
+        )
+    try:
+        if spec["any_size"]:
+            token_grid(projector_config, (rows + 1, columns + 1))  # pictures of all sizes will come
+        return token_grid(projector_config, (rows, columns))
+    except ValueError as error:
+        sizes = " Pictures keep their own sizes with this tower." if spec["any_size"] else ""
+        raise CompositionError(f"Projector {projector_type!r}: {error}{sizes}") from error
