@@ -13,13 +13,14 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..configuration.configuration_anyvlm import FUSIONS, AnyVlmConfig
+from ..configuration.configuration_anyvlm import FUSIONS, IMAGE_ATTENTIONS, AnyVlmConfig
 from ..configuration.image_tokens import num_tokens_of_grid
 from ..modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
 from ..modeling.projectors import build_projector
 from ..processing.processing_anyvlm import AnyVlmProcessor, grids_of_sizes
 from .chat_templates import chat_template_with_images
 from .errors import CompositionError
+from .image_attention_probe import probe_image_attention
 from .image_processors import fits_tower, load_image_processor
 from .language_model_probe import probe_generation, probe_language_model
 from .model_sizes import num_positions
@@ -39,6 +40,7 @@ def compose(
     *,
     projector: str | dict = "mlp",
     fusion: str = "embed",
+    image_attention: str = "causal",
     tokenizer: PreTrainedTokenizerBase | str | None = None,
     image_processor: BaseImageProcessor | str | None = None,
     feature_extractor: object | None = None,
@@ -62,6 +64,8 @@ def compose(
         projector: `"linear"`, `"mlp"`, `"pixel_shuffle"`, `"avg_pool"`, `"patch_merger"`, `"conv"`, or a dict with `type`
             and arguments (`modeling/projectors.py`).
         fusion: `"embed"`: image tokens take the place of placeholders in the language model's input.
+        image_attention: `"causal"`: image tokens see what comes before them, as text does. `"bidirectional"`: also the rest
+            of their picture. `"prefix"`: all of the prompt sees all of it; only the answer is causal.
         tokenizer: Instance, path or Hub id. Default: the language model's.
         image_processor: Instance, path or Hub id. Default: the tower's, or a plain one for a config.
         feature_extractor: Goes with `audio`.
@@ -84,6 +88,15 @@ def compose(
         raise CompositionError("Audio towers are not supported yet. Leave out audio=… and feature_extractor=….")
     if fusion not in FUSIONS:
         raise CompositionError(f"Unknown fusion {fusion!r}. Choose one of: {', '.join(FUSIONS)}.")
+    if image_attention not in IMAGE_ATTENTIONS:
+        raise CompositionError(
+            f"Unknown image_attention {image_attention!r}. Choose one of: {', '.join(IMAGE_ATTENTIONS)}."
+        )
+    if image_attention != "causal" and fusion != "embed":
+        raise CompositionError(
+            f"With fusion={fusion!r} there are no image tokens in the text, so image_attention={image_attention!r} has "
+            'nothing to act on. Use image_attention="causal".'
+        )
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
     projector_config = {"type": projector} if isinstance(projector, str) else dict(projector)
@@ -145,6 +158,8 @@ def compose(
         )
         model = _assemble(config, vision_tower, language_model)
         model.learn_about_language_model(probe_generation(model))
+        model.config.image_attention = image_attention
+        probe_image_attention(model)
         _match_embedding_scale(model, features)
 
     processor = AnyVlmProcessor(

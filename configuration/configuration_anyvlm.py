@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 CODE_VERSION = "0.1.0"
 
 FUSIONS = ("embed",)
-IMAGE_ATTENTIONS = ("causal",)
+IMAGE_ATTENTIONS = ("causal", "bidirectional", "prefix")
 FEATURE_SELECT_STRATEGIES = ("default", "full")
 
 
@@ -38,7 +38,9 @@ class AnyVlmConfig(PreTrainedConfig):
             of such indices whose features are concatenated by channel (LLaVA's convention).
         vision_feature_select_strategy: `"default"` keeps the patches; `"full"` keeps every token of the tower, CLS
             and register tokens included.
-        image_attention: `"causal"`: image tokens attend as text tokens do.
+        image_attention: `"causal"`: image tokens attend as text tokens do. `"bidirectional"`: they also see the rest of
+            their picture. `"prefix"`: the whole prompt sees itself, and the answer is causal
+            (`modeling/image_attention.py`).
         composed_from: Where the parts came from, for the model card: `{"vision": {"id": …, "license": …}, …}`.
         code_version: Version of the code that wrote the checkpoint. Another one than that in use is warned about.
     """
@@ -74,6 +76,11 @@ class AnyVlmConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         _check_choice("fusion", self.fusion, FUSIONS)
         _check_choice("image_attention", self.image_attention, IMAGE_ATTENTIONS)
+        if self.image_attention != "causal" and self.fusion != "embed":
+            raise ValueError(
+                f"image_attention={self.image_attention!r} is about image tokens in the text, and with "
+                f'fusion={self.fusion!r} there are none. Use image_attention="causal".'
+            )
         _check_choice("vision_feature_select_strategy", self.vision_feature_select_strategy, FEATURE_SELECT_STRATEGIES)
         if self.code_version is None:
             self.code_version = CODE_VERSION

@@ -11,6 +11,7 @@ from transformers.utils import can_return_tuple
 
 from ..configuration.configuration_anyvlm import AnyVlmConfig
 from ..configuration.image_tokens import image_grids
+from .image_attention import attention_blocks, block_attention_masks
 from .language_models import (
     LanguageModelInterface,
     base_language_model,
@@ -223,14 +224,14 @@ class AnyVlmModel(PreTrainedModel):
         pixel_values: torch.Tensor | None,
         mm_encoder_outputs: dict[str, Any] | None,
         processor_outputs: dict[str, torch.Tensor],
-    ) -> torch.Tensor | None:
-        """All image tokens of the batch `(num_tokens, width)`, in the order of their pictures, or `None`."""
+    ) -> list[torch.Tensor] | None:
+        """The tokens `(num_tokens, width)` of each picture of the batch, in order, or `None` without pictures."""
         encoded = (mm_encoder_outputs or {}).get("image")
         if encoded is not None and pixel_values is not None:
             raise ValueError("Pass pixel_values or mm_encoder_outputs['image'], not both.")
         if encoded is None and pixel_values is not None:
             encoded = self.get_image_features(pixel_values, **processor_outputs, return_dict=True)
-        return None if encoded is None else torch.cat(list(encoded.pooler_output), dim=0)
+        return None if encoded is None else list(encoded.pooler_output)
 
     def _image_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Boolean `(batch, sequence)`, true where an image token stands."""
@@ -259,10 +260,11 @@ class AnyVlmModel(PreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         processor_outputs = {key: kwargs.pop(key) for key in PROCESSOR_KEYS if key in kwargs}
-        image_tokens = self._image_tokens(pixel_values, mm_encoder_outputs, processor_outputs)
+        pictures = self._image_tokens(pixel_values, mm_encoder_outputs, processor_outputs)
+        image_tokens = None if pictures is None else torch.cat(pictures)
         sequence = input_ids if inputs_embeds is None else inputs_embeds
         batch_size, sequence_length = sequence.shape[:2]
-        extra = {}
+        extra, image_mask = {}, None
         if image_tokens is not None:
             image_mask = self._image_mask(input_ids, inputs_embeds)
             num_placeholders = int(image_mask.sum())
@@ -290,6 +292,16 @@ class AnyVlmModel(PreTrainedModel):
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = default_position_ids(attention_mask, past_length, sequence_length, sequence.device)
+        if self.config.image_attention != "causal":
+            attention_mask = self._attention_masks(
+                sequence if inputs_embeds is None else inputs_embeds,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                image_mask,
+                [len(tokens) for tokens in pictures or []],
+                kwargs.pop("token_type_ids", None),
+            )
         arguments = self.language_model_interface.arguments(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
@@ -300,6 +312,39 @@ class AnyVlmModel(PreTrainedModel):
             **kwargs,
         )
         return arguments, image_tokens
+
+    def _attention_masks(
+        self,
+        sequence: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        past_key_values: Cache | None,
+        image_mask: torch.Tensor | None,
+        picture_lengths: list[int],
+        token_type_ids: torch.Tensor | None,
+    ) -> Any:
+        """The mask that `image_attention` asks for; `attention_mask` itself where nothing but the past is seen.
+
+        Args:
+            sequence: What the language model gets, ids `(batch, sequence)` or embeddings `(batch, sequence, width)`.
+        """
+        image_attention, (batch_size, sequence_length) = self.config.image_attention, sequence.shape[:2]
+        past_length = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        blocks = attention_blocks(
+            image_attention,
+            image_mask,
+            picture_lengths,
+            token_type_ids,
+            (batch_size, sequence_length),
+            past_length,
+            sequence.device,
+        )
+        if blocks is None:
+            return attention_mask
+        inputs = torch.empty(batch_size, sequence_length, 0, dtype=self.language_model.dtype, device=sequence.device)
+        return block_attention_masks(
+            self.language_model.config, image_attention, inputs, attention_mask, position_ids, past_key_values, blocks
+        )
 
     @can_return_tuple
     def forward(

@@ -9,9 +9,8 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .base_model import AnyVlmModel
-from .language_models import (
-    labelled_positions,
-)
+from .image_attention import answer_token_types
+from .language_models import labelled_positions
 from .picture_inputs import PROCESSOR_KEYS
 
 
@@ -97,12 +96,16 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
             mm_encoder_outputs: `{"image": …}`, what `get_image_features` returned, in place of `pixel_values`.
             image_grid_thw, spatial_shapes, pixel_attention_mask, target_sizes, image_position_ids: What the tower's
                 own image processor gives beside `pixel_values`, see `get_image_features`.
+            token_type_ids: `(batch, sequence)`, for `image_attention="prefix"`: 0 in the prompt, 1 in the answer. Default:
+                the answer begins with the first label; without labels all is prompt.
             **kwargs: Handed to the language model (`num_items_in_batch`, `output_hidden_states`, …).
 
         Raises:
             ValueError: placeholders and pictures do not agree; nothing is supervised.
         """
         interface = self.language_model_interface
+        if labels is not None and self.config.image_attention == "prefix" and kwargs.get("token_type_ids") is None:
+            kwargs["token_type_ids"] = answer_token_types(labels)
         if labels is not None and logits_to_keep is None and interface.takes_logits_to_keep:
             logits_to_keep, labels = labelled_positions(labels, interface.keeps_logits_per_sample)
         own_loss = interface.spec["own_loss"]
@@ -147,9 +150,14 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
         mm_encoder_outputs: dict[str, Any] | None = None,
         is_first_iteration: bool | None = False,
         use_cache: bool | None = None,
+        prompt_length: int | None = None,
         **kwargs,
     ) -> dict[str, Any]:
-        """The language model prepares its inputs by its own rules; pictures go along while the prompt is not cached."""
+        """The language model prepares its inputs by its own rules; pictures go along while the prompt is not cached.
+
+        Args:
+            prompt_length: With `image_attention="prefix"`: how many of `input_ids` are the prompt.
+        """
         processor_outputs = {key: kwargs.pop(key) for key in PROCESSOR_KEYS if key in kwargs}
         model_inputs = self.language_model.prepare_inputs_for_generation(
             input_ids,
@@ -165,6 +173,14 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
             model_inputs["pixel_values"] = pixel_values
             model_inputs["mm_encoder_outputs"] = mm_encoder_outputs
             model_inputs.update(processor_outputs)
+            if self.config.image_attention != "causal":
+                # Made already for a static cache, but without blocks.
+                model_inputs["attention_mask"] = kwargs.get("attention_mask")
+            if prompt_length is not None:
+                sequence = model_inputs.get("inputs_embeds")
+                sequence = model_inputs["input_ids"] if sequence is None else sequence
+                is_answer = torch.arange(sequence.shape[1], device=sequence.device) >= prompt_length
+                model_inputs["token_type_ids"] = is_answer.long().expand(sequence.shape[:2])
         return model_inputs
 
     def _prepare_cache_for_generation(self, *args, **kwargs) -> None:
@@ -184,10 +200,24 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
         interface.check_padding(kwargs.get("attention_mask"), generating=True)
         if not interface.spec["use_cache"]:
             kwargs["use_cache"] = False
+        if self.config.image_attention != "causal":
+            self._check_whole_prefill(generation_config, kwargs)
+        if self.config.image_attention == "prefix":
+            given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+            kwargs["prompt_length"] = max((tensor.shape[1] for tensor in given if tensor is not None), default=0)
         processors = LogitsProcessorList(logits_processor or [])
         if self.config.image_token_id is not None:
             processors.append(ImageTokenSuppressor(self.config.image_token_id))
         return super().generate(inputs, generation_config, processors, *args, **kwargs)
+
+    def _check_whole_prefill(self, generation_config, arguments: dict[str, Any]) -> None:
+        """Raises `ValueError` if the prompt is to be read in chunks, whose tokens would not see the later ones."""
+        config = self.generation_config if generation_config is None else generation_config
+        if arguments.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
+            raise ValueError(
+                f"With image_attention={self.config.image_attention!r} tokens of the prompt see later ones, so it cannot "
+                "be read in chunks. Leave out prefill_chunk_size."
+            )
 
 
 __all__ = ["AnyVlmForConditionalGeneration", "AnyVlmModel"]
