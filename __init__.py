@@ -13,6 +13,7 @@ from .composition.check import check
 from .composition.compatibility_report import CompatibilityReport
 from .composition.compose import compose
 from .composition.errors import CompositionError
+from .composition.native import from_native, to_native
 from .configuration.configuration_anyvlm import CODE_VERSION as __version__
 from .configuration.configuration_anyvlm import AnyVlmConfig
 from .modeling.modeling_anyvlm import AnyVlmForConditionalGeneration, AnyVlmModel
@@ -37,4 +38,6 @@ __all__ = [
     "__version__",
     "check",
     "compose",
+    "from_native",
+    "to_native",
 ]

@@ -1,0 +1,72 @@
+"""A native model and ours, side by side on one picture with a text."""
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+
+from ..errors import CompositionError
+
+
+#: Largest difference of logits between a native model and ours; in 16-bit dtypes, so many steps of rounding.
+TOLERANCE, _STEPS = 1e-4, 8
+
+
+def sample_picture(height: int = 96, width: int = 64, seed: int = 0) -> Image.Image:
+    """Noise, so that every patch has something of its own."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def prompt(processor: ProcessorMixin, num_images: int, words: str = "What is in the picture?") -> str:
+    """A user's message with pictures, as the processor's chat template writes it; without one, placeholders and words."""
+    if processor.chat_template is None:
+        return processor.image_token * num_images + "\n" + words
+    content = [*({"type": "image"} for _ in range(num_images)), {"type": "text", "text": words}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, inputs: BatchFeature) -> torch.Tensor:
+    """In fp32. Pictures go in the model's dtype, as the model's own code would cast them."""
+    inputs = inputs.to(model.device)
+    inputs = {
+        key: value.to(model.dtype) if key == "pixel_values" and value.is_floating_point() else value
+        for key, value in inputs.items()
+    }
+    return model(**inputs).logits.float()
+
+
+def compare_on_a_sample(
+    native: PreTrainedModel, native_processor: ProcessorMixin, ours: PreTrainedModel, processor: ProcessorMixin
+) -> float:
+    """The largest difference of their logits, each with the inputs that its own processor makes.
+
+    Raises:
+        CompositionError: the processors make other ids, or the models' logits differ by more than `TOLERANCE`.
+    """
+    picture, names = sample_picture(), f"{type(native).__name__} and {type(ours).__name__}"
+    text = prompt(native_processor, 1)
+    native_inputs = native_processor(text=[text], images=[[picture]], return_tensors="pt")
+    inputs = processor(text=[text], images=[[picture]], return_tensors="pt")
+    if not torch.equal(native_inputs["input_ids"], inputs["input_ids"]):
+        raise CompositionError(
+            f"The processors of {names} make {native_inputs['input_ids'].shape[1]} and {inputs['input_ids'].shape[1]} "
+            f"ids of one picture with a text, or others. The text was {text!r}."
+        )
+    modes = native.training
+    expected, found = logits_of(native.eval(), native_inputs), logits_of(ours.eval(), inputs)
+    native.train(modes)
+    if expected.shape != found.shape:
+        raise CompositionError(f"{names} give logits of shapes {tuple(expected.shape)} and {tuple(found.shape)}.")
+    difference = float((expected - found).abs().max())
+    rounding = _STEPS * torch.finfo(native.dtype).eps * float(expected.abs().max())
+    allowed = TOLERANCE if native.dtype == torch.float32 else max(TOLERANCE, rounding)
+    if not difference <= allowed:
+        raise CompositionError(
+            f"{names} give logits for one picture with a text that differ by {difference:.3g}, where {allowed:.1g} is "
+            "allowed: they do not compute the same."
+        )
+    return difference

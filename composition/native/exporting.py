@@ -1,0 +1,87 @@
+"""From a model of ours to the native class of transformers that is the same, where there is one."""
+
+import copy
+
+import torch
+import transformers
+from transformers import PreTrainedModel, ProcessorMixin
+
+from ...modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
+from ...processing.processing_anyvlm import AnyVlmProcessor
+from ..errors import CompositionError
+from .equality import compare_on_a_sample
+from .families import native_families
+from .family import Misfit, NativeFamily
+from .keys import NATIVE
+from .logits import are_plain
+from .weights import build_empty, language_model_rules, put_weights, translate
+
+
+@torch.no_grad()
+def to_native(
+    model: AnyVlmForConditionalGeneration, processor: AnyVlmProcessor
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Make a model of ours one of transformers' own classes, so that whatever knows that class runs it.
+
+    For imported models and for composed and trained ones alike: each family says which models its class can hold, and the
+    first that holds this one is taken (the one it was imported from, if any). Both models hold the same tensors
+    afterwards, so go on with one of them. Before it is returned, the native model is run beside ours on a picture with a
+    text.
+
+    Returns:
+        The native model, in eval mode, and its processor.
+
+    Raises:
+        CompositionError: no native class can hold it; the message says of each why.
+    """
+    origin = ((model.config.composed_from or {}).get("native") or {}).get("model_type")
+    families = sorted(native_families(), key=lambda family: family.model_type != origin)
+    reasons = []
+    for family in families:
+        try:
+            return _as_native(family, model, processor)
+        except CompositionError as error:
+            reasons.append(f"{family.model_class}: {error}")
+    raise CompositionError(
+        "No class of transformers can hold this model. "
+        + "; ".join(reason.rstrip(".") for reason in reasons)
+        + ". The model runs wherever trust_remote_code=True is allowed."
+    )
+
+
+def _as_native(
+    family: NativeFamily, model: AnyVlmForConditionalGeneration, processor: AnyVlmProcessor
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    for part in (model.vision_tower, model.language_model):
+        if getattr(part.config, "part_code", None) is not None:
+            raise Misfit(f"{type(part).__name__} is code of its checkpoint, which a native class does not carry")
+    native_config = family.write_config(model.config)
+    native_config.dtype = model.dtype
+    if family.plain_logits and not are_plain(model.language_model):
+        raise Misfit(f"it does not scale or cap logits as {type(model.language_model).__name__} does")
+    native_class = getattr(transformers, family.model_class)
+    rules = [*family.rules(native_config), *language_model_rules(family, model.language_model)]
+    try:
+        native = build_empty(lambda: native_class._from_config(native_config, dtype=model.dtype))
+    except Exception as error:  # noqa: BLE001 - whatever a class of transformers says about parts it does not fit
+        raise Misfit(f"it cannot be built from these parts ({type(error).__name__}: {error})") from error
+    put_weights(native, translate(model, rules, NATIVE), family.model_class)
+    native.generation_config = copy.deepcopy(model.generation_config)
+    native_processor = processor_to_native(family, processor, native_config, model.config)
+    try:
+        compare_on_a_sample(native, native_processor, model, processor)
+    except CompositionError:
+        raise
+    except Exception as error:  # noqa: BLE001 - as above
+        raise Misfit(f"it fails on a picture with a text ({type(error).__name__}: {error})") from error
+    return native, native_processor
+
+
+def processor_to_native(family: NativeFamily, processor: AnyVlmProcessor, native_config, config) -> ProcessorMixin:
+    """The native processor around copies of our image processor and tokenizer."""
+    return getattr(transformers, family.processor_class)(
+        image_processor=copy.deepcopy(processor.image_processor),
+        tokenizer=copy.deepcopy(processor.tokenizer),
+        chat_template=processor.chat_template,
+        **family.write_processor(processor, native_config, config),
+    )

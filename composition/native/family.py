@@ -1,0 +1,83 @@
+"""What a native family declares. Everything else is the engine's."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig, ProcessorMixin
+
+from ...configuration.configuration_anyvlm import AnyVlmConfig
+from ...processing.processing_anyvlm import AnyVlmProcessor
+from ..errors import CompositionError
+from .keys import Rule
+
+
+class Misfit(CompositionError):
+    """Why a model of ours cannot be an instance of a native class. Raised while families are tried."""
+
+
+@dataclass(frozen=True)
+class NativeFamily:
+    """One of transformers' own vision-language models: what it is called, and how it translates.
+
+    Args:
+        model_type: That of the native config, by which a model or a checkpoint is recognised.
+        model_class: Name of its class in transformers, the one with a language modeling head.
+        processor_class: Name of its processor's class.
+        read_config: Native config -> arguments of `AnyVlmConfig`: `vision_config`, `text_config`, `projector_config`
+            (widths may be left out), `image_token_id` and whatever else is not the default. Not the two specs, which are
+            measured. Beside them `image_size` `(height, width)`, where the processor's pictures do not tell.
+        write_config: Our config -> native config. Raises `Misfit` with the reason where the native class cannot be it.
+        rules: Native config -> the rules for keys, see `keys.py`, those of the language model apart.
+        read_processor: `(native processor, our config) -> arguments of AnyVlmProcessor` beyond image processor,
+            tokenizer and chat template, which are handed over.
+        write_processor: `(our processor, native config, our config) -> arguments of the native processor`, likewise.
+        adjust_spec: `(native config, measured vision_tower_spec) -> vision_tower_spec`, where the native class reads
+            the tower otherwise than the probe would (a quirk: say why).
+        base_prefix, head_prefix: Where the native model has the language model's base and its head.
+        causal_prefix: Where it has the whole causal language model, if it does; then those two are not read.
+        plain_logits: Whether its logits are the head's output as it is, without the scales or caps that the causal
+            language model of the same config may have.
+    """
+
+    model_type: str
+    model_class: str
+    processor_class: str
+    read_config: Callable[[PreTrainedConfig], dict[str, Any]]
+    write_config: Callable[[AnyVlmConfig], PreTrainedConfig]
+    rules: Callable[[PreTrainedConfig], Sequence[Rule]]
+    read_processor: Callable[[ProcessorMixin, AnyVlmConfig], dict[str, Any]]
+    write_processor: Callable[[AnyVlmProcessor, PreTrainedConfig, AnyVlmConfig], dict[str, Any]]
+    adjust_spec: Callable[[PreTrainedConfig, dict[str, Any]], dict[str, Any]] = lambda native_config, spec: spec
+    base_prefix: str = "model.language_model."
+    head_prefix: str = "lm_head."
+    causal_prefix: str | None = None
+    plain_logits: bool = True
+
+
+def text_part(native_config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of the text config that ties its embeddings if the native model does: there the whole config decides."""
+    text_config = copy.deepcopy(native_config.text_config)
+    text_config.tie_word_embeddings = bool(native_config.tie_word_embeddings)
+    return text_config
+
+
+def require(*conditions: tuple[bool, str]) -> None:
+    """Raise `Misfit` with the words of every condition that does not hold."""
+    broken = [words for holds, words in conditions if not holds]
+    if broken:
+        raise Misfit("; ".join(broken))
+
+
+def plain_embedding(config: AnyVlmConfig) -> list[tuple[bool, str]]:
+    """Conditions of every class that puts one picture of one size into the text, as text."""
+    image_views = getattr(config, "image_views", None)
+    return [
+        (config.fusion == "embed", f"fusion is {config.fusion!r}, not 'embed'"),
+        (config.image_attention == "causal", f"image_attention is {config.image_attention!r}, not 'causal'"),
+        (
+            image_views is None or image_views.get("type") == "resize",
+            f"a picture becomes several views ({image_views and image_views.get('type')!r})",
+        ),
+    ]

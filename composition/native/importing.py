@@ -1,0 +1,167 @@
+"""From a model of a native class of transformers to one of ours, around the same tensors."""
+
+import copy
+
+import torch
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+
+from ...configuration.configuration_anyvlm import AnyVlmConfig
+from ...modeling.language_models import build_language_model
+from ...modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
+from ...modeling.vision_towers import build_vision_tower
+from ...processing.processing_anyvlm import AnyVlmProcessor
+from ..compose import _assemble
+from ..errors import CompositionError
+from ..image_processors import _config_size, _output_size
+from ..language_model_probe import probe_generation, probe_language_model
+from ..parts import source_name
+from ..probe import probe_vision_tower
+from .equality import compare_on_a_sample
+from .families import family_of
+from .family import NativeFamily
+from .keys import OURS
+from .logits import are_plain, remove_scales
+from .weights import build_empty, language_model_rules, put_weights, translate
+
+
+@torch.no_grad()
+def from_native(
+    model: PreTrainedModel, processor: ProcessorMixin
+) -> tuple[AnyVlmForConditionalGeneration, AnyVlmProcessor]:
+    """Make a model of transformers' own vision-language classes one of ours, with the processor that goes with it.
+
+    Nothing is trained and nothing copied: both models hold the same tensors afterwards, so go on with one of them.
+    Before it is returned, the new model is run beside the native one on a picture with a text.
+
+    Args:
+        model: Such as a `LlavaForConditionalGeneration`; with its language modeling head.
+        processor: Its processor.
+
+    Returns:
+        The model, in eval mode, and its processor.
+
+    Raises:
+        CompositionError: its family cannot be converted, weights are left over or missing (the message names them), or
+            the two models differ.
+    """
+    family = family_of(model.config.model_type)
+    _check_whole(model, family)
+    pieces = family.read_config(model.config)
+    for key in ("vision_config", "text_config"):
+        _as_in(pieces[key], getattr(model.config, key))
+    if family.plain_logits:
+        remove_scales(pieces["text_config"])
+    size = picture_size(pieces, processor)
+    vision_tower = build_empty(lambda: build_vision_tower(pieces["vision_config"]))
+    language_model = build_empty(lambda: build_language_model(pieces["text_config"], dtype=model.dtype))
+    rules = [*family.rules(model.config), *language_model_rules(family, language_model)]
+    tensors = translate(model, rules, OURS)
+    put_weights(vision_tower, tensors.part("vision_tower."), "the vision tower")
+    put_weights(language_model, tensors.part("language_model."), "the language model")
+    language_model.generation_config = copy.deepcopy(model.generation_config)
+    if family.plain_logits and not are_plain(language_model):
+        raise CompositionError(
+            f"{type(language_model).__name__} changes the logits that its head gives, and {family.model_class} does not."
+        )
+
+    spec = probe_vision_tower(
+        vision_tower, size, pieces.get("vision_feature_layer"), pieces.get("vision_feature_select_strategy", "default")
+    )
+    config = our_config(
+        family,
+        model.config,
+        {**pieces, "vision_config": vision_tower.config, "text_config": language_model.config},
+        spec,
+        probe_language_model(language_model),
+        language_model.get_input_embeddings().weight.shape[1],
+        model.dtype,
+        source_name(model),
+    )
+    ours = _assemble(config, vision_tower, language_model)
+    put_weights(ours, tensors, type(ours).__name__)
+    ours.learn_about_language_model(probe_generation(ours))
+    our_processor = processor_from_native(family, processor, config)
+    compare_on_a_sample(model, processor, ours.eval(), our_processor)
+    return ours, our_processor
+
+
+def our_config(
+    family: NativeFamily,
+    native_config: PreTrainedConfig,
+    pieces: dict,
+    vision_tower_spec: dict,
+    language_model_spec: dict,
+    embedding_width: int,
+    dtype: torch.dtype,
+    hub_id: str | None,
+) -> AnyVlmConfig:
+    """The config of the converted model, from what the family reads and what was measured."""
+    spec = family.adjust_spec(native_config, vision_tower_spec)
+    pieces = {key: copy.deepcopy(value) for key, value in pieces.items() if key != "image_size"}
+    pieces["projector_config"] = {
+        "in_features": spec["hidden_size"],
+        "out_features": embedding_width,
+        **pieces["projector_config"],
+    }
+    for key in ("vision_config", "text_config"):
+        pieces[key].dtype = dtype
+        pieces[key].name_or_path = ""
+    return AnyVlmConfig(
+        vision_tower_spec=spec,
+        language_model_spec=language_model_spec,
+        composed_from={"native": {"id": hub_id, "license": None, "model_type": family.model_type}},
+        architectures=["AnyVlmForConditionalGeneration"],
+        dtype=dtype,
+        **pieces,
+    )
+
+
+def processor_from_native(family: NativeFamily, processor: ProcessorMixin, config: AnyVlmConfig) -> AnyVlmProcessor:
+    """Our processor around the native one's image processor and tokenizer, copies of which it takes."""
+    return AnyVlmProcessor(
+        image_processor=copy.deepcopy(processor.image_processor),
+        tokenizer=copy.deepcopy(processor.tokenizer),
+        chat_template=processor.chat_template,
+        vision_tower_spec=config.vision_tower_spec,
+        projector_config=config.projector_config,
+        **family.read_processor(processor, config),
+    )
+
+
+def picture_size(pieces: dict, processor: ProcessorMixin) -> tuple[int, int]:
+    """Height and width of the pictures that the tower gets; an example of them where their size is free.
+
+    Raises:
+        CompositionError: neither the family, nor the processor, nor the tower's config tells.
+    """
+    size = pieces.get("image_size") or _output_size(processor.image_processor) or _config_size(pieces["vision_config"])
+    if size is None:
+        raise CompositionError(
+            f"{type(processor).__name__} makes pictures of several sizes, and the tower's config states none. Set the "
+            "image processor to one size."
+        )
+    return tuple(size)
+
+
+def _check_whole(model: PreTrainedModel, family: NativeFamily) -> None:
+    if not isinstance(model, getattr(transformers, family.model_class)):
+        raise CompositionError(
+            f"{type(model).__name__} is not the class with a language modeling head. Load the checkpoint with "
+            f"{family.model_class}."
+        )
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise CompositionError(
+            "The model's weights are quantized, which the conversion would have to undo. Load it without "
+            "quantization, convert it, and quantize the result."
+        )
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1 or model.device.type == "meta":
+        raise CompositionError(
+            "The model is spread over several devices. Load it on one (without device_map), or convert the checkpoint "
+            "itself, which takes the memory of one of its files: anyvlm convert SRC DST."
+        )
+
+
+def _as_in(config: PreTrainedConfig, native: PreTrainedConfig) -> None:
+    """Let a part compute attention as it did in the native model."""
+    config._attn_implementation = native._attn_implementation
