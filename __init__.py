@@ -2,6 +2,7 @@
 
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -16,7 +17,9 @@ from .composition.errors import CompositionError
 from .composition.native import from_native, to_native
 from .configuration.configuration_anyvlm import CODE_VERSION as __version__
 from .configuration.configuration_anyvlm import AnyVlmConfig
+from .configuration.fused_vision_towers_config import FusedVisionTowersConfig
 from .modeling.modeling_anyvlm import AnyVlmForConditionalGeneration, AnyVlmModel
+from .processing.fused_image_processor import FusedImageProcessor
 from .processing.processing_anyvlm import AnyVlmProcessor
 from .training.collator import AnyVlmDataCollator
 
@@ -26,6 +29,8 @@ AutoConfig.register(AnyVlmConfig.model_type, AnyVlmConfig)
 for _auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     _auto_class.register(AnyVlmConfig, AnyVlmForConditionalGeneration)
 AutoProcessor.register(AnyVlmConfig, AnyVlmProcessor)
+# Found by its name; the config is only what transformers lists it under.
+AutoImageProcessor.register(FusedVisionTowersConfig, image_processor_classes={"pil": FusedImageProcessor})
 
 __all__ = [
     "AnyVlmConfig",

@@ -54,6 +54,13 @@ class Size(str, Enum):
     large = "large"
 
 
+class VisionFusion(str, Enum):
+    """How the features of several vision towers are joined."""
+
+    channel = "channel"
+    token = "token"
+
+
 def _image_size(text: str | None) -> int | tuple[int, int] | None:
     """`"224"` to one edge, `"32x64"` to `(height, width)`."""
     if text is None:
@@ -62,6 +69,11 @@ def _image_size(text: str | None) -> int | tuple[int, int] | None:
     if len(edges) > 2 or not all(edge.isdecimal() and int(edge) > 0 for edge in edges):
         raise typer.BadParameter(f"{text!r} is not a size in pixels, such as 224 or 32x64 (height x width).")
     return int(edges[0]) if len(edges) == 1 else (int(edges[0]), int(edges[1]))
+
+
+def _towers(first: str, further: list[str] | None) -> str | tuple[str, ...]:
+    """What `vision=` takes: one tower, or several."""
+    return (first, *further) if further else first
 
 
 def _projector(text: str) -> str | dict:
@@ -97,6 +109,13 @@ ImageSizeOption = Annotated[
     str | None,
     typer.Option(metavar="EDGE|HxW", help="Pixels of a picture, such as 224 or 32x64 (height x width)."),
 ]
+FurtherTowersOption = Annotated[
+    list[str] | None,
+    typer.Option("--vision", help="A further vision tower, fused with the first; repeat for several."),
+]
+VisionFusionOption = Annotated[
+    VisionFusion, typer.Option(help="How features of several towers are joined: at each place, or one after another.")
+]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a part.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="On an error, show the whole traceback.")]
 
@@ -106,6 +125,8 @@ def compose(
     vision: Annotated[str, typer.Argument(help="The vision tower: a Hub id or a folder.")],
     text: Annotated[str, typer.Argument(help="The causal language model: a Hub id or a folder.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the composed checkpoint.")],
+    further_towers: FurtherTowersOption = None,
+    vision_fusion: VisionFusionOption = VisionFusion.channel,
     projector: ProjectorOption = "mlp",
     image_size: ImageSizeOption = None,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of all weights; auto is the language model's own.")] = Dtype.auto,
@@ -122,6 +143,8 @@ def compose(
     The parts keep their weights. The projector between them is new: the model has to be trained before it can see.
 
     Example: anyvlm compose facebook/dinov2-small HuggingFaceTB/SmolLM2-135M-Instruct --output my-vlm
+
+    Example: anyvlm compose facebook/dinov2-small Qwen/Qwen3-0.6B --vision google/siglip-base-patch16-224 -o my-vlm
     """
     if output.exists() and not output.is_dir():
         raise typer.BadParameter(f"{output} is a file; choose a folder.", param_hint="'--output'")
@@ -129,14 +152,20 @@ def compose(
         raise typer.BadParameter(
             f"{output} is not empty; choose another, or add --overwrite.", param_hint="'--output'"
         )
-    arguments = {"projector": _projector(projector), "image_size": _image_size(image_size)}
+    arguments = {
+        "projector": _projector(projector),
+        "image_size": _image_size(image_size),
+        "vision_fusion": vision_fusion.value,
+    }
+    towers = _towers(vision, further_towers)
     _calm_transformers()
     from anyvlm.composition.compose import compose as compose_model
     from anyvlm.demo.description import describe_parts
 
-    with _progress.status(f"Composing {vision} and {text}…"), _naming(vision, text, tokenizer):
+    named = " and ".join([vision, *(further_towers or []), text])
+    with _progress.status(f"Composing {named}…"), _naming(vision, *(further_towers or []), text, tokenizer):
         model, processor = compose_model(
-            vision,
+            towers,
             text,
             tokenizer=tokenizer,
             dtype=None if dtype is Dtype.auto else dtype.value,
@@ -271,6 +300,8 @@ def check(
     text: Annotated[
         str, typer.Argument(help="The language model: a Hub id, a folder, or a model type such as qwen3.")
     ],
+    further_towers: FurtherTowersOption = None,
+    vision_fusion: VisionFusionOption = VisionFusion.channel,
     projector: ProjectorOption = "mlp",
     image_size: ImageSizeOption = None,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of all weights; auto is the language model's own.")] = Dtype.auto,
@@ -295,13 +326,18 @@ def check(
 
     Example: anyvlm check siglip xlnet --json
     """
-    arguments = {"projector": _projector(projector), "image_size": _image_size(image_size)}
+    arguments = {
+        "projector": _projector(projector),
+        "image_size": _image_size(image_size),
+        "vision_fusion": vision_fusion.value,
+    }
+    towers = _towers(vision, further_towers)
     _calm_transformers()
     from anyvlm.composition.check import check as check_parts
 
     with _progress.status(f"Checking {vision} and {text}…"):
         report = check_parts(
-            vision,
+            towers,
             text,
             tokenizer=tokenizer,
             dtype=None if dtype is Dtype.auto else dtype.value,

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..configuration.configuration_anyvlm import AnyVlmConfig
 from ..configuration.image_tokens import num_tokens_of_grid
+from ..modeling.fused_vision_towers import FusedVisionTowers
 from ..modeling.projectors import build_projector
 from ..processing.processing_anyvlm import grids_of_sizes, makes_one_size
 from .compatibility_report import CompatibilityReport
@@ -39,18 +40,20 @@ from .probe import probe_vision_tower
 from .projector_grid import check_projector_grid
 from .small_copies import MAX_REAL_PARAMETERS
 from .tokenizers import add_image_token, load_tokenizer, normalise_special_tokens
+from .vision_part import check_own_code, check_vision_fusion, for_each, fuse_towers, fused_spec, vision_sources
 from .weightless_parts import WeightlessPart, find_config, open_part, source_as_text
 
 
 def check(
-    vision: PartSource,
+    vision: PartSource | Sequence[PartSource],
     text: PartSource,
     *,
     projector: str | dict = "mlp",
     image_size: int | tuple[int, int] | None = None,
     tokenizer: PreTrainedTokenizerBase | str | None = None,
-    image_processor: BaseImageProcessor | str | None = None,
+    image_processor: BaseImageProcessor | str | Sequence | None = None,
     image_token: str = "<image>",
+    vision_fusion: str = "channel",
     dtype: torch.dtype | str | None = None,
     trust_remote_code: bool = False,
 ) -> CompatibilityReport:
@@ -61,7 +64,8 @@ def check(
     instances are run as they are, and left as they are.
 
     Args:
-        vision: The tower, as for `compose`; or a model type such as `"dinov2"`, for that type's default config.
+        vision: The tower, as for `compose`; or a model type such as `"dinov2"`, for that type's default config. Several
+            in a tuple are fused.
         text: The language model, likewise, such as `"qwen3"`.
         projector: As for `compose`, as are all that follow.
 
@@ -76,23 +80,38 @@ def check(
     projector_config = {"type": projector} if isinstance(projector, str) else dict(projector)
     build_projector({"in_features": 1, "out_features": 1, **projector_config})
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    report = CompatibilityReport(vision=source_as_text(vision), text=source_as_text(text))
+    sources = vision_sources(vision)
+    check_vision_fusion(vision_fusion)
+    image_processors = for_each(image_processor, len(sources), "image_processor")
+    report = CompatibilityReport(vision=" + ".join(map(source_as_text, sources)), text=source_as_text(text))
     # In the order of `compose`, here as below, so that the first reason is the one that it would give.
     text = _find_config("text", text, trust_remote_code, report)
-    vision = _find_config("vision", vision, trust_remote_code, report)
+    sources = [_find_config("vision", source, trust_remote_code, report) for source in sources]
     unknown: list[str] = []
 
     with torch.random.fork_rng(), torch.no_grad(), _warnings_in(report.notes):
         torch.manual_seed(0)
         language_model = None if text is None else _open("text", text, dtype, trust_remote_code, report)
-        tower = None if vision is None else _open("vision", vision, dtype, trust_remote_code, report)
+        towers = [
+            None if source is None else _open("vision", source, dtype, trust_remote_code, report) for source in sources
+        ]
+        tower = towers[0] if len(towers) == 1 else None
         spec = language_model_spec = None
         if language_model is not None:
             dtype = dtype or language_model.model.dtype
             language_model_spec = _examine_language_model(language_model, report, unknown)
             _fit_tokenizer(language_model, tokenizer, text, image_token, trust_remote_code, report)
-        if tower is not None:
-            spec = _examine_tower(tower, vision, image_processor, image_size, trust_remote_code, report, unknown)
+        specs = [
+            _examine_tower(
+                part, source, own_processor, image_size, trust_remote_code, report, unknown, plain=len(towers) > 1
+            )
+            for part, source, own_processor in zip(towers, sources, image_processors)
+            if part is not None
+        ]
+        if len(towers) > 1 and len(specs) == len(towers):
+            tower, spec = _fuse(towers, specs, vision_fusion, report)
+        elif tower is not None:
+            spec = specs[0]
         if spec is not None:
             _examine_projector(projector_config, spec, report)
         if spec is not None and language_model_spec is not None:
@@ -190,15 +209,26 @@ def _examine_generation(
 
 
 def _examine_tower(
-    part: WeightlessPart, source, image_processor, image_size, trust_remote_code: bool, report, unknown: list[str]
+    part: WeightlessPart,
+    source,
+    image_processor,
+    image_size,
+    trust_remote_code: bool,
+    report,
+    unknown: list[str],
+    plain: bool = False,
 ) -> dict | None:
     """The tower's `vision_tower_spec`; `None` if it is refused or not known, with the reason in the report."""
     try:
-        processor, size = load_image_processor(image_processor, source, part.model, image_size, trust_remote_code)
+        processor, size = load_image_processor(
+            image_processor, source, part.model, image_size, trust_remote_code, plain
+        )
+        if plain:
+            check_own_code(part.model, processor)
         report.image_size = size
         spec = part.examine(lambda tower: probe_vision_tower(tower, size))
         if spec is not None:
-            if not fits_tower(processor, part.run, spec, None):
+            if not plain and not fits_tower(processor, part.run, spec, None):
                 processor, size = load_image_processor(None, part.model.config, part.model, size, False)
             report.grid = grids_of_sizes(processor, spec, [size])[0]
             report.one_size = makes_one_size(processor, spec)
@@ -217,6 +247,30 @@ def _examine_projector(projector_config: dict, spec: dict, report: Compatibility
         report.tokens_per_picture = num_tokens_of_grid(projector_config, report.grid)
     except CompositionError as error:
         report.reasons.append(str(error))
+
+
+def _fuse(
+    towers: list[WeightlessPart], specs: list[dict | None], vision_fusion: str, report
+) -> tuple[WeightlessPart | None, dict | None]:
+    """Several towers as one part, and its spec, if every one of them could be measured."""
+    if None in specs:
+        return None, None
+    try:
+        spec = fused_spec(specs, vision_fusion)
+    except CompositionError as error:
+        report.reasons.append(str(error))
+        return None, None
+    layers = [None] * len(towers)
+    run = fuse_towers([part.run for part in towers], specs, layers, vision_fusion)
+    fused = WeightlessPart(
+        "vision",
+        fuse_towers([part.model for part in towers], specs, layers, vision_fusion),
+        given=None if all(part.given is None for part in towers) else run,
+        run=run,
+        known_from=", ".join(dict.fromkeys(part.known_from for part in towers)),
+    )
+    report.image_size, report.grid = tuple(spec["image_size"]), tuple(spec["grid"])
+    return fused, spec
 
 
 def _consult_table(part: WeightlessPart, report: CompatibilityReport, unknown: list[str]) -> None:
@@ -284,7 +338,11 @@ def _describe(report: CompatibilityReport, tower, language_model, spec, projecto
     report.cache = measure_cache(model, dtype)
     report.trainable = list(TRAINING_SETUPS["everything"])
     report.training_bytes = training_bytes(parts, dtype)
-    report.native_classes["LlavaForConditionalGeneration"] = describe_llava(tower, language_model, spec)
+    report.native_classes["LlavaForConditionalGeneration"] = (
+        "no; it holds one vision tower"
+        if isinstance(tower.model, FusedVisionTowers)
+        else describe_llava(tower, language_model, spec)
+    )
     report.servers = describe_servers(tower.model, model)
     if report.context_share and report.context_share > 0.5:
         report.notes.append(

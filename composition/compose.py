@@ -21,20 +21,20 @@ from ..processing.processing_anyvlm import AnyVlmProcessor, grids_of_sizes
 from .chat_templates import chat_template_with_images
 from .errors import CompositionError
 from .image_attention_probe import probe_image_attention
-from .image_processors import fits_tower, load_image_processor
 from .language_model_probe import probe_generation, probe_language_model
 from .model_sizes import num_positions
 from .parts import PartSource, load_language_model, load_vision_tower, pretrained_name, source_name
-from .probe import probe_features, probe_vision_tower
+from .probe import probe_features
 from .projector_grid import check_projector_grid
 from .tokenizers import add_image_token, load_tokenizer, normalise_special_tokens
+from .vision_part import check_vision_fusion, examine_vision_part, vision_sources
 
 
 logger = logging.getLogger(__name__)
 
 
 def compose(
-    vision: PartSource,
+    vision: PartSource | Sequence[PartSource],
     text: PartSource,
     audio: PartSource | None = None,
     *,
@@ -42,12 +42,13 @@ def compose(
     fusion: str = "embed",
     image_attention: str = "causal",
     tokenizer: PreTrainedTokenizerBase | str | None = None,
-    image_processor: BaseImageProcessor | str | None = None,
+    image_processor: BaseImageProcessor | str | Sequence | None = None,
     feature_extractor: object | None = None,
     image_size: int | tuple[int, int] | None = None,
     image_token: str = "<image>",
-    vision_feature_layer: int | Sequence[int] | None = None,
-    vision_feature_select_strategy: str = "default",
+    vision_feature_layer: int | Sequence | None = None,
+    vision_feature_select_strategy: str | Sequence[str] = "default",
+    vision_fusion: str = "channel",
     dtype: torch.dtype | str | None = None,
     trust_remote_code: bool = False,
     seed: int = 0,
@@ -58,7 +59,8 @@ def compose(
     if there was no spare one. Instances are taken over, not copied.
 
     Args:
-        vision: The tower: a Hub id, a local path, a config (random weights) or a model instance.
+        vision: The tower: a Hub id, a local path, a config (random weights) or a model instance; or a tuple of
+            several, which all see the same pictures.
         text: The language model, likewise.
         audio: Not supported yet; anything but `None` is refused.
         projector: `"linear"`, `"mlp"`, `"pixel_shuffle"`, `"avg_pool"`, `"patch_merger"`, `"conv"`, or a dict with `type`
@@ -67,12 +69,17 @@ def compose(
         image_attention: `"causal"`: image tokens see what comes before them, as text does. `"bidirectional"`: also the rest
             of their picture. `"prefix"`: all of the prompt sees all of it; only the answer is causal.
         tokenizer: Instance, path or Hub id. Default: the language model's.
-        image_processor: Instance, path or Hub id. Default: the tower's, or a plain one for a config.
+        image_processor: Instance, path or Hub id; a list of one for each of several towers. Default: the tower's, or a
+            plain one for a config.
         feature_extractor: Goes with `audio`.
         image_size: Pixels, one edge or `(height, width)`. Default: what the image processor makes.
         image_token: Text that stands for a picture. Added to the tokenizer as one token if it has none.
-        vision_feature_layer: `None` for the tower's last hidden state; an index or indices into its hidden states.
-        vision_feature_select_strategy: `"default"` for the patches, `"full"` for every token of the tower.
+        vision_feature_layer: `None` for the tower's last hidden state; an index or indices into its hidden states. With
+            several towers a list has an entry for each, which may be a list.
+        vision_feature_select_strategy: `"default"` for the patches, `"full"` for every token of the tower; or a list
+            with one for each of several towers.
+        vision_fusion: How the features of several towers are joined: `"channel"`, each place gets those of all;
+            `"token"`, one tower's after another's (`modeling/fused_vision_towers.py`).
         dtype: One dtype for the whole model. Default: the language model's.
         trust_remote_code: Allow parts whose code is in their own checkpoint. That code is run, and a copy of it is saved
             with the model.
@@ -100,7 +107,8 @@ def compose(
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
     projector_config = {"type": projector} if isinstance(projector, str) else dict(projector)
-    layer = list(vision_feature_layer) if isinstance(vision_feature_layer, Sequence) else vision_feature_layer
+    sources = vision_sources(vision)
+    check_vision_fusion(vision_fusion)
 
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
@@ -108,29 +116,37 @@ def compose(
         build_projector({"in_features": 1, "out_features": 1, **projector_config})
         language_model = load_language_model(text, dtype, trust_remote_code)
         dtype = dtype or language_model.dtype
-        vision_tower = load_vision_tower(vision, dtype, trust_remote_code)
+        towers = [load_vision_tower(source, dtype, trust_remote_code) for source in sources]
         text_tokenizer = load_tokenizer(tokenizer, text, trust_remote_code)
         composed_from = {
-            "vision": _origin(vision, "vision"),
+            "vision": _origin(vision, "vision")
+            if len(sources) == 1
+            else [_origin(source, "vision") for source in sources],
             "text": _origin(text, "text"),
         }
-        for part in (vision_tower, language_model):
-            _cast(part, dtype)
+        for loaded in (*towers, language_model):
+            _cast(loaded, dtype)
 
         language_model_spec = probe_language_model(language_model)
         normalise_special_tokens(text_tokenizer, language_model)
         image_token_id = add_image_token(text_tokenizer, language_model, image_token)
 
-        picture_processor, size = load_image_processor(
-            image_processor, vision, vision_tower, image_size, trust_remote_code
+        part = examine_vision_part(
+            sources,
+            towers,
+            image_processor=image_processor,
+            image_size=image_size,
+            layer=vision_feature_layer,
+            select_strategy=vision_feature_select_strategy,
+            vision_fusion=vision_fusion,
+            trust_remote_code=trust_remote_code,
         )
-        spec = probe_vision_tower(vision_tower, size, layer, vision_feature_select_strategy)
-        if not fits_tower(picture_processor, vision_tower, spec, layer):
-            picture_processor, size = load_image_processor(None, vision_tower.config, vision_tower, size, False)
-        features = probe_features(vision_tower, spec, layer, is_trained=not isinstance(vision, PreTrainedConfig))
+        vision_tower, spec = part.tower, part.spec
+        is_trained = not all(isinstance(source, PreTrainedConfig) for source in sources)
+        features = probe_features(vision_tower, spec, part.layer, is_trained=is_trained)
 
         check_projector_grid(projector_config, spec)
-        grid = grids_of_sizes(picture_processor, spec, [size])[0]
+        grid = grids_of_sizes(part.image_processor, spec, [part.size])[0]
         _check_context(language_model, spec, num_tokens_of_grid(projector_config, grid))
         embedding_width = _embedding_width(language_model)
         projector_config = {
@@ -138,9 +154,9 @@ def compose(
             "out_features": embedding_width,
             **projector_config,
         }
-        for part in (vision_tower, language_model):
-            part.config.dtype = dtype
-            part.config.name_or_path = ""
+        for config in (*(tower.config for tower in towers), vision_tower.config, language_model.config):
+            config.dtype = dtype
+            config.name_or_path = ""
         config = AnyVlmConfig(
             # Copies: a composite config unsets the attention implementation of its sub-configs, which the parts read.
             vision_config=copy.deepcopy(vision_tower.config),
@@ -150,8 +166,8 @@ def compose(
             projector_config=projector_config,
             fusion=fusion,
             image_token_id=image_token_id,
-            vision_feature_layer=layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
+            vision_feature_layer=part.layer,
+            vision_feature_select_strategy=part.select_strategy,
             composed_from=composed_from,
             architectures=["AnyVlmForConditionalGeneration"],
             dtype=dtype,
@@ -163,7 +179,7 @@ def compose(
         _match_embedding_scale(model, features)
 
     processor = AnyVlmProcessor(
-        image_processor=picture_processor,
+        image_processor=part.image_processor,
         tokenizer=text_tokenizer,
         chat_template=chat_template_with_images(text_tokenizer, image_token),
         image_token=image_token,

@@ -34,12 +34,14 @@ def load_image_processor(
     vision_tower: nn.Module,
     image_size: int | tuple[int, int] | None,
     trust_remote_code: bool,
+    plain: bool = False,
 ) -> tuple[BaseImageProcessor, tuple[int, int]]:
     """The image processor given, the tower's own, or a plain one; and the size `(height, width)` it makes.
 
     A tower that takes patches keeps a processor that makes them, and with it the pictures' own sizes and proportions;
     then the size is an example. For other towers every picture must take the same number of tokens, so a processor
-    that keeps a picture's proportions is set to resize to one size. `image_size` sets one size for any tower.
+    that keeps a picture's proportions is set to resize to one size. `image_size` sets one size for any tower, and `plain`
+    asks for whole pictures of one size whatever the tower takes.
 
     Raises:
         CompositionError: the processor given cannot be brought to one size, or cannot be saved.
@@ -60,13 +62,13 @@ def load_image_processor(
                 "is made from what the tower states about its pictures; or pass one such as ViTImageProcessor."
             )
         processor = None
-    if processor is None and size is None and row.from_processor:
+    if processor is None and size is None and row.from_processor and not plain:
         processor = _family_processor(config)
     default_size = size or stated_size or _default_size(config, row)
     if processor is None:
         return _plain_processor(default_size, {**stated, **_stated_settings(source)}), default_size
     processor = copy.deepcopy(processor)
-    if row.from_processor and size is None and _makes_patches(processor, row):
+    if row.from_processor and size is None and not plain and _makes_patches(processor, row):
         return processor, default_size
     measured = _output_size(processor)
     if measured is not None and size in (None, measured):

@@ -73,10 +73,11 @@ def probe_vision_tower(
     num_features = sequence[0].shape[1]
     prefix = suffix = 0
     if layout in ("sequence", "tiles"):
-        if select_strategy == "full":
+        prefix, suffix = tokens_beside_patches(vision_tower, spec, num_features, sequence[0].shape[-1])
+        if select_strategy == "full" and prefix + suffix:
+            prefix = suffix = 0
             grid = (1, num_features)
         else:
-            prefix, suffix = tokens_beside_patches(vision_tower, spec, num_features, sequence[0].shape[-1])
             num_patches = num_features - prefix - suffix
             grid = factor_grid(num_patches, image_size) if has_places else (1, num_patches)
     else:

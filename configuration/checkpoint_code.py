@@ -39,14 +39,18 @@ AUTO_MAP = {
     "AutoProcessor": f"{ENTRY_MODULE}.AnyVlmProcessor",
 }
 
+#: The same for the image processor of several towers, the only one of ours; it goes into the image processor's own settings.
+FUSED_IMAGE_PROCESSOR_AUTO_MAP = {"AutoImageProcessor": f"{ENTRY_MODULE}.FusedImageProcessor"}
+
 _ENTRY_SOURCE = '''"""Entry module of the code in this checkpoint: every `auto_map` value of its configs points here."""
 
 from .configuration_anyvlm import AnyVlmConfig
+from .fused_image_processor import FusedImageProcessor
 from .modeling_anyvlm import AnyVlmForConditionalGeneration, AnyVlmModel
 from .processing_anyvlm import AnyVlmProcessor
 
 
-__all__ = ["AnyVlmConfig", "AnyVlmForConditionalGeneration", "AnyVlmModel", "AnyVlmProcessor"]
+__all__ = ["AnyVlmConfig", "AnyVlmForConditionalGeneration", "AnyVlmModel", "AnyVlmProcessor", "FusedImageProcessor"]
 '''
 
 _PART_CODE_SOURCE = """

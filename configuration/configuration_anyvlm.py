@@ -8,6 +8,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import CONFIG_NAME, logging
 
 from .checkpoint_code import AUTO_MAP, PART_MODULES, write_checkpoint_code
+from .fused_vision_towers_config import FusedVisionTowersConfig
 from .part_code import part_config, part_sources
 
 
@@ -25,7 +26,7 @@ class AnyVlmConfig(PreTrainedConfig):
     """Config of `AnyVlmForConditionalGeneration`. Made by `anyvlm.compose`; seldom written by hand.
 
     Args:
-        vision_config: Config of the vision tower, of any type that `AutoModel` builds.
+        vision_config: Config of the vision tower, of any type that `AutoModel` builds; or a `FusedVisionTowersConfig`.
         text_config: Config of the language model, of any type that `AutoModelForCausalLM` builds.
         vision_tower_spec: What the probe measured about the tower (`composition/probe.py`): how to call it, where its
             patches are, their width and their grid for one picture.
@@ -73,6 +74,11 @@ class AnyVlmConfig(PreTrainedConfig):
             values = getattr(self, key)
             if isinstance(values, dict) and values.get("part_code"):
                 setattr(self, key, part_config(key, values, __package__))
+        if (
+            isinstance(self.vision_config, dict)
+            and self.vision_config.get("model_type") == FusedVisionTowersConfig.model_type
+        ):
+            self.vision_config = FusedVisionTowersConfig(**self.vision_config)
         super().__post_init__(**kwargs)
         _check_choice("fusion", self.fusion, FUSIONS)
         _check_choice("image_attention", self.image_attention, IMAGE_ATTENTIONS)

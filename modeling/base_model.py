@@ -11,6 +11,7 @@ from transformers.utils import can_return_tuple
 
 from ..configuration.configuration_anyvlm import AnyVlmConfig
 from ..configuration.image_tokens import image_grids
+from .fused_vision_towers import build_vision_part
 from .image_attention import attention_blocks, block_attention_masks
 from .language_models import (
     LanguageModelInterface,
@@ -23,7 +24,7 @@ from .norms import RmsNorm
 from .parts import restore_computed_tensors, trusted_config
 from .picture_inputs import PROCESSOR_KEYS
 from .projectors import build_projector
-from .vision_towers import build_vision_tower, call_vision_tower, read_features
+from .vision_towers import call_vision_tower, graph_if_trained, read_features
 
 
 class AnyVlmModel(PreTrainedModel):
@@ -51,7 +52,7 @@ class AnyVlmModel(PreTrainedModel):
                 "This AnyVlmConfig does not say how its vision tower is read (vision_tower_spec, projector_config). "
                 "Make the model with anyvlm.compose(vision=…, text=…), which measures it."
             )
-        self.vision_tower = build_vision_tower(config.vision_config)
+        self.vision_tower = build_vision_part(config.vision_config)
         self.multi_modal_projector = build_projector(config.projector_config)
         self.language_model = build_language_model(config.text_config)
         self._check_widths()
@@ -189,10 +190,7 @@ class AnyVlmModel(PreTrainedModel):
                 f"pixel_values must be (num_images, channels, height, width), got shape {tuple(pixel_values.shape)}."
             )
         grids = image_grids(spec, pixel_values, processor_outputs)
-        frozen = not any(parameter.requires_grad for parameter in self.vision_tower.parameters())
-        if frozen and self.vision_tower.training:
-            self.vision_tower.eval()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        with graph_if_trained(self.vision_tower):
             raw_features = call_vision_tower(
                 self.vision_tower,
                 spec,

@@ -16,10 +16,11 @@ was composed, and is read here from `vision_tower_spec`:
 | `grid` | `[rows, columns]` of features of such a picture |
 """
 
+import contextlib
 import importlib
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -76,6 +77,16 @@ def build_vision_tower(vision_config: PreTrainedConfig) -> nn.Module:
     if tower_class is None:
         raise ValueError(f"transformers has no model class for the vision tower {vision_config.model_type!r}.")
     return tower_class._from_config(vision_config)
+
+
+@contextlib.contextmanager
+def graph_if_trained(tower: nn.Module) -> Iterator[None]:
+    """A tower none of whose parameters require a gradient is frozen: it runs in `eval()` and without a graph."""
+    frozen = not any(parameter.requires_grad for parameter in tower.parameters())
+    if frozen and tower.training:
+        tower.eval()
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        yield
 
 
 def call_vision_tower(

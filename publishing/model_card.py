@@ -80,12 +80,17 @@ def read_parts(checkpoint: str | os.PathLike) -> list[PartFacts]:
     counts: dict[str, Counter] = {}
     for file in get_local_safetensors_metadata(checkpoint).files_metadata.values():
         for name, tensor in file.tensors.items():
-            counts.setdefault(name.split(".")[0], Counter())[tensor.dtype] += tensor.parameter_count
+            counts.setdefault(_part_of(name), Counter())[tensor.dtype] += tensor.parameter_count
     parts = []
-    for prefix in sorted(counts, key=lambda prefix: list(_PARTS).index(prefix) if prefix in _PARTS else len(_PARTS)):
-        title, config_key, origin_key = _PARTS.get(prefix, (prefix, "", None))
+    for prefix in sorted(counts, key=_order):
+        name, _, index = prefix.partition(".towers.")
+        title, config_key, origin_key = _PARTS.get(name, (name, "", None))
         part_config = config.get(config_key) or {}
         origin = (config.get("composed_from") or {}).get(origin_key) or {}
+        if index:
+            title = f"{title} {int(index) + 1}"
+            part_config = part_config.get(f"tower_{index}") or {}
+            origin = origin[int(index)] if isinstance(origin, list) else {}
         license = origin.get("license")
         parts.append(
             PartFacts(
@@ -99,6 +104,17 @@ def read_parts(checkpoint: str | os.PathLike) -> list[PartFacts]:
             )
         )
     return parts
+
+
+def _part_of(weight: str) -> str:
+    """The sub-module that a weight belongs to; of several vision towers, which of them."""
+    steps = weight.split(".")
+    return ".".join(steps[:3]) if steps[:2] == ["vision_tower", "towers"] else steps[0]
+
+
+def _order(prefix: str) -> tuple[int, str]:
+    name = prefix.split(".")[0]
+    return (list(_PARTS).index(name) if name in _PARTS else len(_PARTS), prefix)
 
 
 def common_license(parts: list[PartFacts]) -> str | None:
@@ -185,12 +201,14 @@ def _with_mark(text: str) -> str:
 
 def _description(parts: list[PartFacts]) -> str:
     names = {part.title: f"`{part.hub_id or part.model_type}`" for part in parts}
+    towers = [name for title, name in names.items() if title.startswith("Vision tower")]
     text = (
-        f"A vision-language model: the vision tower {names.get('Vision tower', '(not recorded)')} and the language "
-        f"model {names.get('Language model', '(not recorded)')}, joined by a projector with anyvlm. It reads pictures "
-        "and text, and writes text."
+        f"A vision-language model: the vision tower{'s' * (len(towers) > 1)} {' and '.join(towers) or '(not recorded)'} "
+        f"and the language model {names.get('Language model', '(not recorded)')}, joined by a projector with anyvlm. It "
+        "reads pictures and text, and writes text."
     )
-    others = [part.title for part in parts if part.title not in {title for title, _, _ in _PARTS.values()}]
+    known = {title for title, _, _ in _PARTS.values()}
+    others = [part.title for part in parts if part.title not in known and not part.title.startswith("Vision tower ")]
     return text + (f" It also has weights under {', '.join(f'`{name}`' for name in others)}." if others else "")
 
 

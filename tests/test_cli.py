@@ -73,6 +73,17 @@ def test_the_command_line_itself_imports_nothing_heavy():
     assert result.stdout.strip() == "[]"
 
 
+def test_two_towers(capsys, parts, tmp_path):
+    tower, language_model = parts
+    arguments = [tower, language_model, "--vision", tower, "--vision-fusion", "token"]
+    code, out, err = run(capsys, "check", *arguments)
+    assert code == 0 and "FusedVisionTowers" in out, err
+    code, out, err = run(capsys, "compose", *arguments, "--output", tmp_path / "vlm")
+    assert code == 0 and "takes 8 tokens" in out, err
+    config = json.loads((tmp_path / "vlm" / "config.json").read_text())["vision_config"]
+    assert config["vision_fusion"] == "token" and {"tower_0", "tower_1"} <= config.keys()
+
+
 def test_compose_then_generate(capsys, parts, picture, tmp_path):
     tower, language_model = parts
     checkpoint = tmp_path / "vlm"
