@@ -32,6 +32,9 @@ from .vision_part import check_vision_fusion, examine_vision_part, vision_source
 
 logger = logging.getLogger(__name__)
 
+#: Stands for widths that are not known yet; nearly every number of heads divides it.
+_ANY_WIDTH = 2**6 * 3**2 * 5 * 7 * 11 * 13
+
 
 def compose(
     vision: PartSource | Sequence[PartSource],
@@ -63,8 +66,8 @@ def compose(
             several, which all see the same pictures.
         text: The language model, likewise.
         audio: Not supported yet; anything but `None` is refused.
-        projector: `"linear"`, `"mlp"`, `"pixel_shuffle"`, `"avg_pool"`, `"patch_merger"`, `"conv"`, or a dict with `type`
-            and arguments (`modeling/projectors.py`).
+        projector: `"linear"`, `"mlp"`, `"pixel_shuffle"`, `"avg_pool"`, `"patch_merger"`, `"conv"`, `"resampler"`,
+            `"qformer"`, or a dict with `type` and arguments (`modeling/projectors.py`).
         fusion: `"embed"`: image tokens take the place of placeholders in the language model's input.
         image_attention: `"causal"`: image tokens see what comes before them, as text does. `"bidirectional"`: also the rest
             of their picture. `"prefix"`: all of the prompt sees all of it; only the answer is causal.
@@ -113,7 +116,8 @@ def compose(
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         # Cheap mistakes first: an unknown projector is found before a gigabyte is read.
-        build_projector({"in_features": 1, "out_features": 1, **projector_config})
+        with torch.device("meta"):
+            build_projector({"in_features": _ANY_WIDTH, "out_features": _ANY_WIDTH, **projector_config})
         language_model = load_language_model(text, dtype, trust_remote_code)
         dtype = dtype or language_model.dtype
         towers = [load_vision_tower(source, dtype, trust_remote_code) for source in sources]

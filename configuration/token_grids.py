@@ -50,6 +50,16 @@ def convolved_grid(grid: Grid, num_convs: int = 2) -> Grid:
     return grid
 
 
+def resampled_grid(grid: Grid, num_queries: int = 64) -> Grid:
+    """`resampler`: a token for each query, whatever the picture; they have no place in it."""
+    return 1, num_queries
+
+
+def queried_grid(grid: Grid, num_queries: int = 32) -> Grid:
+    """`qformer`: likewise."""
+    return 1, num_queries
+
+
 #: Type of projector -> the function for its grid, and the arguments in its config that this takes.
 TOKEN_GRIDS: dict[str, tuple[Callable[..., Grid], tuple[str, ...]]] = {
     "linear": (same_grid, ()),
@@ -58,6 +68,8 @@ TOKEN_GRIDS: dict[str, tuple[Callable[..., Grid], tuple[str, ...]]] = {
     "patch_merger": (shuffled_grid, ("scale_factor", "pad")),
     "avg_pool": (pooled_grid, ("ratio", "tokens_per_side")),
     "conv": (convolved_grid, ("num_convs",)),
+    "resampler": (resampled_grid, ("num_queries",)),
+    "qformer": (queried_grid, ("num_queries",)),
 }
 
 #: Types that look at neighbours, and so need features in rows and columns.

@@ -11,6 +11,7 @@ from transformers.utils import can_return_tuple
 
 from ..configuration.configuration_anyvlm import AnyVlmConfig
 from ..configuration.image_tokens import image_grids
+from ..configuration.instructions import instruction_arguments
 from .fused_vision_towers import build_vision_part
 from .image_attention import attention_blocks, block_attention_masks
 from .language_models import (
@@ -151,6 +152,8 @@ class AnyVlmModel(PreTrainedModel):
         pixel_attention_mask: torch.Tensor | None = None,
         target_sizes: torch.Tensor | None = None,
         image_position_ids: torch.Tensor | None = None,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Features and projected tokens of pictures.
@@ -166,6 +169,8 @@ class AnyVlmModel(PreTrainedModel):
             pixel_attention_mask: `(num_images, num_patches)`, 0 at padding.
             target_sizes: `(num_images, 2)`, rows and columns of patches in a strip.
             image_position_ids: `(num_images, num_patches, 2)`, column and row of each patch, -1 at padding.
+            qformer_input_ids, qformer_attention_mask: `(num_images, length)`, the instruction for each picture, for a
+                projector that reads it.
 
         Returns:
             `last_hidden_state`: the tower's features `(num_images, num_features, hidden_size)`, or
@@ -199,20 +204,25 @@ class AnyVlmModel(PreTrainedModel):
                 processor_outputs,
             )
             features = read_features(raw_features, spec, grids)
-        tokens = self._project(features, grids)
+        instructions = {"qformer_input_ids": qformer_input_ids, "qformer_attention_mask": qformer_attention_mask}
+        tokens = self._project(features, grids, instruction_arguments(self.config.projector_config, instructions))
         one_size = len(set(grids)) == 1
         return BaseModelOutputWithPooling(
             last_hidden_state=torch.stack(features) if one_size else torch.cat(features), pooler_output=tokens
         )
 
-    def _project(self, features: list[torch.Tensor], grids: list[tuple[int, int]]) -> list[torch.Tensor]:
+    def _project(
+        self, features: list[torch.Tensor], grids: list[tuple[int, int]], instructions: dict[str, torch.Tensor]
+    ) -> list[torch.Tensor]:
         """Tokens of each picture; the projector runs once for all pictures of one grid."""
         dtype = self.multi_modal_projector.output_layer.weight.dtype
         tokens: list = [None] * len(features)
         for grid in dict.fromkeys(grids):
             indices = [index for index, other in enumerate(grids) if other == grid]
             batch = torch.stack([features[index] for index in indices]).to(dtype)
-            projected, _ = self.multi_modal_projector(batch, grid)
+            # Most batches have one grid, and need no copy of theirs.
+            own = instructions if len(indices) == len(features) else {k: v[indices] for k, v in instructions.items()}
+            projected, _ = self.multi_modal_projector(batch, grid, **own)
             for index, sample in zip(indices, projected):
                 tokens[index] = sample
         return tokens

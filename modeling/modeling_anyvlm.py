@@ -79,6 +79,8 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
         pixel_attention_mask: torch.Tensor | None = None,
         target_sizes: torch.Tensor | None = None,
         image_position_ids: torch.Tensor | None = None,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> AnyVlmCausalLMOutput:
         """Run the model.
@@ -98,6 +100,8 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
                 own image processor gives beside `pixel_values`, see `get_image_features`.
             token_type_ids: `(batch, sequence)`, for `image_attention="prefix"`: 0 in the prompt, 1 in the answer. Default:
                 the answer begins with the first label; without labels all is prompt.
+            qformer_input_ids, qformer_attention_mask: `(num_images, length)`, the instruction for each picture, for a
+                projector that reads it.
             **kwargs: Handed to the language model (`num_items_in_batch`, `output_hidden_states`, …).
 
         Raises:
@@ -127,6 +131,8 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
             pixel_attention_mask=pixel_attention_mask,
             target_sizes=target_sizes,
             image_position_ids=image_position_ids,
+            qformer_input_ids=qformer_input_ids,
+            qformer_attention_mask=qformer_attention_mask,
             **kwargs,
         )
         outputs = self.language_model(**arguments, return_dict=True)

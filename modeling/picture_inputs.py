@@ -24,6 +24,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..configuration.instructions import INSTRUCTION_KEYS
+
 
 @dataclass(frozen=True)
 class PictureInputs:
@@ -50,13 +52,14 @@ class PictureInputs:
     pixels: tuple[str, ...] = ("pixel_values", "pixel_values_images", "pixel_values_videos")
 
 
-#: Outputs of image processors, beside `pixel_values`, that the model takes.
+#: Outputs of the processor, beside `pixel_values`, that say something about a picture to the model.
 PROCESSOR_KEYS = (
     "image_grid_thw",
     "spatial_shapes",
     "pixel_attention_mask",
     "target_sizes",
     "image_position_ids",
+    *INSTRUCTION_KEYS,
 )
 
 

@@ -11,6 +11,8 @@ from torch import nn
 from ..configuration.token_grids import Grid
 from .grid_projectors import AvgPoolProjector, ConvProjector, PatchMergerProjector, PixelShuffleProjector
 from .mlp_projector import MlpProjector
+from .qformer_projector import QFormerProjector
+from .query_projectors import ResamplerProjector
 
 
 class LinearProjector(nn.Module):
@@ -36,6 +38,8 @@ PROJECTORS: dict[str, type[nn.Module]] = {
     "patch_merger": PatchMergerProjector,
     "avg_pool": AvgPoolProjector,
     "conv": ConvProjector,
+    "resampler": ResamplerProjector,
+    "qformer": QFormerProjector,
 }
 
 

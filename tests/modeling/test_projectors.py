@@ -257,9 +257,17 @@ def test_every_type_has_a_grid():
     assert set(NEED_ROWS_AND_COLUMNS) <= TOKEN_GRIDS.keys()
 
 
+def small(projector_type: str) -> nn.Module:
+    """Without dropout, and no transformer of its full size."""
+    config = {"type": projector_type, "in_features": 8, "out_features": 12}
+    if projector_type == "qformer":
+        config["qformer_config"] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return build_projector(config).eval()
+
+
 @pytest.mark.parametrize("projector_type", PROJECTORS)
 def test_every_parameter_gets_a_gradient(projector_type):
-    projector = build_projector({"type": projector_type, "in_features": 8, "out_features": 12})
+    projector = small(projector_type)
     tokens, _ = projector(torch.randn(1, 16, 8), (4, 4))
     (tokens * torch.randn_like(tokens)).sum().backward()
     assert all(parameter.grad.abs().max() > 0 for parameter in projector.parameters())
@@ -268,7 +276,7 @@ def test_every_parameter_gets_a_gradient(projector_type):
 @pytest.mark.parametrize("projector_type", PROJECTORS)
 def test_the_scale_of_the_output_layer_is_the_scale_of_the_tokens(projector_type):
     torch.manual_seed(0)
-    projector = build_projector({"type": projector_type, "in_features": 8, "out_features": 12})
+    projector = small(projector_type)
     features = torch.randn(2, 16, 8)
     with torch.no_grad():
         if projector.output_layer.bias is not None:
