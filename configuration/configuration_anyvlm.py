@@ -9,6 +9,7 @@ from transformers.utils import CONFIG_NAME, logging
 
 from .checkpoint_code import AUTO_MAP, PART_MODULES, write_checkpoint_code
 from .fused_vision_towers_config import FusedVisionTowersConfig
+from .image_views import check_image_views
 from .part_code import part_config, part_sources
 
 
@@ -39,6 +40,7 @@ class AnyVlmConfig(PreTrainedConfig):
             of such indices whose features are concatenated by channel (LLaVA's convention).
         vision_feature_select_strategy: `"default"` keeps the patches; `"full"` keeps every token of the tower, CLS
             and register tokens included.
+        image_views: How a picture becomes views for the tower, see `configuration/image_views.py`. `None`: one view.
         image_attention: `"causal"`: image tokens attend as text tokens do. `"bidirectional"`: they also see the rest of
             their picture. `"prefix"`: the whole prompt sees itself, and the answer is causal
             (`modeling/image_attention.py`).
@@ -65,6 +67,7 @@ class AnyVlmConfig(PreTrainedConfig):
     image_token_id: int | None = None
     vision_feature_layer: int | list[int] | None = None
     vision_feature_select_strategy: str = "default"
+    image_views: dict | None = None
     image_attention: str = "causal"
     composed_from: dict | None = None
     code_version: str | None = None
@@ -88,6 +91,7 @@ class AnyVlmConfig(PreTrainedConfig):
                 f'fusion={self.fusion!r} there are none. Use image_attention="causal".'
             )
         _check_choice("vision_feature_select_strategy", self.vision_feature_select_strategy, FEATURE_SELECT_STRATEGIES)
+        check_image_views(self.image_views)
         if self.code_version is None:
             self.code_version = CODE_VERSION
         elif self.code_version != CODE_VERSION:

@@ -59,9 +59,3 @@ def image_grids(vision_tower_spec: dict, pixel_values, processor_outputs: Mappin
 def num_tokens_of_grid(projector_config: dict, grid: Grid) -> int:
     """Number of tokens that the projector makes of a ``grid`` of features."""
     return math.prod(token_grid(projector_config, grid))
-
-
-def num_image_tokens(vision_tower_spec: dict, projector_config: dict, height: int, width: int) -> int:
-    """Number of image tokens that one plain picture of ``height`` x ``width`` pixels takes in the language model's
-    input."""
-    return num_tokens_of_grid(projector_config, image_grid(vision_tower_spec, height, width))

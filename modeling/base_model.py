@@ -12,6 +12,7 @@ from transformers.utils import can_return_tuple
 from ..configuration.configuration_anyvlm import AnyVlmConfig
 from ..configuration.image_tokens import image_grids
 from ..configuration.instructions import instruction_arguments
+from ..configuration.image_views import has_newline, has_several_views
 from .fused_vision_towers import build_vision_part
 from .image_attention import attention_blocks, block_attention_masks
 from .language_models import (
@@ -23,8 +24,9 @@ from .language_models import (
 )
 from .norms import RmsNorm
 from .parts import restore_computed_tensors, trusted_config
-from .picture_inputs import PROCESSOR_KEYS
+from .picture_inputs import IMAGE_INPUTS
 from .projectors import build_projector
+from .view_joining import check_views, join_views
 from .vision_towers import call_vision_tower, graph_if_trained, read_features
 
 
@@ -55,6 +57,8 @@ class AnyVlmModel(PreTrainedModel):
             )
         self.vision_tower = build_vision_part(config.vision_config)
         self.multi_modal_projector = build_projector(config.projector_config)
+        if has_newline(config.image_views):
+            self.image_newline = nn.Parameter(torch.empty(config.projector_config["out_features"]))
         self.language_model = build_language_model(config.text_config)
         self._check_widths()
         self.language_model_interface = LanguageModelInterface(self.language_model, config.language_model_spec)
@@ -69,7 +73,9 @@ class AnyVlmModel(PreTrainedModel):
         self._no_split_modules = {name for name in self._no_split_modules if name in present}
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Only the projector is ours; the parts initialise themselves."""
+        """Only the projector and the newline are ours; the parts initialise themselves."""
+        if module is self and has_newline(self.config.image_views):
+            nn.init.normal_(self.image_newline, std=len(self.image_newline) ** -0.5)
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
@@ -154,6 +160,7 @@ class AnyVlmModel(PreTrainedModel):
         image_position_ids: torch.Tensor | None = None,
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
+        original_sizes: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Features and projected tokens of pictures.
@@ -161,7 +168,7 @@ class AnyVlmModel(PreTrainedModel):
         A tower none of whose parameters require a gradient is frozen: it runs in `eval()` and without a graph.
 
         Args:
-            pixel_values: Plain pictures `(num_images, channels, height, width)`; clips
+            pixel_values: Plain pictures `(num_images, channels, height, width)`, or all views of all pictures; clips
                 `(num_images, frames, channels, height, width)` for a tower of video; or patches, as the tower's own
                 image processor makes them, with what it gives beside them:
             image_grid_thw: `(num_images, 3)`, frames, rows and columns of packed patches.
@@ -171,6 +178,8 @@ class AnyVlmModel(PreTrainedModel):
             image_position_ids: `(num_images, num_patches, 2)`, column and row of each patch, -1 at padding.
             qformer_input_ids, qformer_attention_mask: `(num_images, length)`, the instruction for each picture, for a
                 projector that reads it.
+            original_sizes: `(num_images, 2)`, height and width of each picture before it was cut into views; needed where
+                the config's `image_views` cut pictures.
 
         Returns:
             `last_hidden_state`: the tower's features `(num_images, num_features, hidden_size)`, or
@@ -205,7 +214,21 @@ class AnyVlmModel(PreTrainedModel):
             )
             features = read_features(raw_features, spec, grids)
         instructions = {"qformer_input_ids": qformer_input_ids, "qformer_attention_mask": qformer_attention_mask}
-        tokens = self._project(features, grids, instruction_arguments(self.config.projector_config, instructions))
+        instructions = instruction_arguments(self.config.projector_config, instructions)
+        cut = has_several_views(self.config.image_views)
+        if cut:
+            if original_sizes is None:
+                raise ValueError(
+                    "The pictures of this model are cut into views, and original_sizes says which views belong to which "
+                    "picture. Pass everything that the processor returned: model(**inputs)."
+                )
+            plans = check_views(self.config.image_views, original_sizes, len(features))
+            counts = torch.tensor([len(plan.views) for plan in plans], device=pixel_values.device)
+            instructions = {key: value.repeat_interleave(counts, dim=0) for key, value in instructions.items()}
+        tokens, token_grids = self._project(features, grids, instructions)
+        if cut:
+            newline = self.image_newline if has_newline(self.config.image_views) else None
+            tokens = join_views(tokens, token_grids, self.config.image_views, plans, original_sizes.tolist(), newline)
         one_size = len(set(grids)) == 1
         return BaseModelOutputWithPooling(
             last_hidden_state=torch.stack(features) if one_size else torch.cat(features), pooler_output=tokens
@@ -213,19 +236,20 @@ class AnyVlmModel(PreTrainedModel):
 
     def _project(
         self, features: list[torch.Tensor], grids: list[tuple[int, int]], instructions: dict[str, torch.Tensor]
-    ) -> list[torch.Tensor]:
-        """Tokens of each picture; the projector runs once for all pictures of one grid."""
+    ) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
+        """Tokens of each view and their grids; the projector runs once for all views of one grid."""
         dtype = self.multi_modal_projector.output_layer.weight.dtype
         tokens: list = [None] * len(features)
+        token_grids: list = [None] * len(features)
         for grid in dict.fromkeys(grids):
             indices = [index for index, other in enumerate(grids) if other == grid]
             batch = torch.stack([features[index] for index in indices]).to(dtype)
             # Most batches have one grid, and need no copy of theirs.
             own = instructions if len(indices) == len(features) else {k: v[indices] for k, v in instructions.items()}
-            projected, _ = self.multi_modal_projector(batch, grid, **own)
+            projected, projected_grid = self.multi_modal_projector(batch, grid, **own)
             for index, sample in zip(indices, projected):
-                tokens[index] = sample
-        return tokens
+                tokens[index], token_grids[index] = sample, projected_grid
+        return tokens, token_grids
 
     def _image_tokens(
         self,
@@ -267,7 +291,7 @@ class AnyVlmModel(PreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
-        processor_outputs = {key: kwargs.pop(key) for key in PROCESSOR_KEYS if key in kwargs}
+        processor_outputs = {key: kwargs.pop(key) for key in IMAGE_INPUTS if key in kwargs}
         pictures = self._image_tokens(pixel_values, mm_encoder_outputs, processor_outputs)
         image_tokens = None if pictures is None else torch.cat(pictures)
         sequence = input_ids if inputs_embeds is None else inputs_embeds

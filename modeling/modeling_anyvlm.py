@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .base_model import AnyVlmModel
 from .image_attention import answer_token_types
 from .language_models import labelled_positions
-from .picture_inputs import PROCESSOR_KEYS
+from .picture_inputs import IMAGE_INPUTS
 
 
 @dataclass
@@ -81,13 +81,15 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
         image_position_ids: torch.Tensor | None = None,
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
+        original_sizes: torch.Tensor | None = None,
         **kwargs,
     ) -> AnyVlmCausalLMOutput:
         """Run the model.
 
         Args:
             input_ids: `(batch, sequence)`. Image tokens stand where picture features go, in the pictures' order.
-            pixel_values: `(num_images in the whole batch, channels, height, width)`; left out for text alone.
+            pixel_values: `(num_images in the whole batch, channels, height, width)`, or all views of all pictures; left out
+                for text alone.
             attention_mask: `(batch, sequence)`, 0 at padding on either side; or a mask the language model takes.
             position_ids: `(batch, sequence)`. Default: padding is not counted.
             inputs_embeds: `(batch, sequence, width)` in place of `input_ids`.
@@ -98,6 +100,7 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
             mm_encoder_outputs: `{"image": …}`, what `get_image_features` returned, in place of `pixel_values`.
             image_grid_thw, spatial_shapes, pixel_attention_mask, target_sizes, image_position_ids: What the tower's
                 own image processor gives beside `pixel_values`, see `get_image_features`.
+            original_sizes: `(num_images, 2)`, height and width of each picture, where pictures are cut into views.
             token_type_ids: `(batch, sequence)`, for `image_attention="prefix"`: 0 in the prompt, 1 in the answer. Default:
                 the answer begins with the first label; without labels all is prompt.
             qformer_input_ids, qformer_attention_mask: `(num_images, length)`, the instruction for each picture, for a
@@ -133,6 +136,7 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
             image_position_ids=image_position_ids,
             qformer_input_ids=qformer_input_ids,
             qformer_attention_mask=qformer_attention_mask,
+            original_sizes=original_sizes,
             **kwargs,
         )
         outputs = self.language_model(**arguments, return_dict=True)
@@ -164,7 +168,7 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
         Args:
             prompt_length: With `image_attention="prefix"`: how many of `input_ids` are the prompt.
         """
-        processor_outputs = {key: kwargs.pop(key) for key in PROCESSOR_KEYS if key in kwargs}
+        processor_outputs = {key: kwargs.pop(key) for key in IMAGE_INPUTS if key in kwargs}
         model_inputs = self.language_model.prepare_inputs_for_generation(
             input_ids,
             inputs_embeds=inputs_embeds,

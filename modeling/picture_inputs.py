@@ -62,6 +62,9 @@ PROCESSOR_KEYS = (
     *INSTRUCTION_KEYS,
 )
 
+#: All of the model's inputs that go along with `pixel_values`.
+IMAGE_INPUTS = (*PROCESSOR_KEYS, "original_sizes")
+
 
 def cut_patches(pictures: torch.Tensor, patch: dict) -> torch.Tensor:
     """Pictures `(B, C, H, W)` to patches `(B, num_patches, C, size, size)`.

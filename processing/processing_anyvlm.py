@@ -1,17 +1,30 @@
 """Processor of a composed model: the tower's image processor and the language model's tokenizer, unchanged."""
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from PIL import Image
 from transformers import ProcessorMixin
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
 from transformers.utils import PROCESSOR_NAME
 
 from ..configuration.checkpoint_code import AUTO_MAP, write_checkpoint_code
-from ..configuration.image_tokens import image_grids, num_tokens_of_grid
+from ..configuration.image_tokens import image_grids, token_grid
+from ..configuration.image_views import (
+    check_image_views,
+    feature_grids,
+    has_newline,
+    has_several_views,
+    num_image_tokens,
+    num_joined_tokens,
+    plan_views,
+)
 from ..modeling.picture_inputs import PICTURE_INPUTS
+from .image_text import check_image_text, has_text_between_views, joined_text, picture_prefix, picture_text
+from .image_views import cut_views
 from .pictures import to_rgb_picture
 
 
@@ -28,9 +41,13 @@ class AnyVlmProcessor(ProcessorMixin):
         image_processor: Image processor of the vision tower.
         tokenizer: Tokenizer of the language model, in which `image_token` is one token.
         chat_template: Jinja template that writes `image_token` where a picture stands in a message.
-        image_token: Stands for a picture in a text; the processor repeats it as often as the picture takes tokens.
+        image_token: Stands for a picture in a text; the processor repeats it as often as the picture takes tokens (or
+            `image_text["token"]`, if there is one).
         vision_tower_spec: As in the model's config: says how many features a picture gives.
         projector_config: As in the model's config: says how many tokens they become.
+        image_views: As in the model's config: says into which views a picture is cut.
+        image_text: What is written around the tokens of a picture and between those of its views
+            (`processing/image_text.py`).
     """
 
     valid_processor_kwargs = AnyVlmProcessorKwargs
@@ -43,13 +60,24 @@ class AnyVlmProcessor(ProcessorMixin):
         image_token="<image>",
         vision_tower_spec=None,
         projector_config=None,
+        image_views=None,
+        image_text=None,
         **kwargs,
     ):
-        self.image_token = image_token
-        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
-        if self.image_token_id is None or tokenizer.convert_ids_to_tokens(self.image_token_id) != image_token:
+        check_image_views(image_views)
+        check_image_text(image_text)
+        if has_newline(image_views) and has_text_between_views(image_text):
             raise ValueError(
-                f"{image_token!r} is not a token of the tokenizer. Load the processor from a composed checkpoint, or "
+                'image_text writes something between the views of a picture, whose tokens image_views joins into one map '
+                '("join": "spatial"). Leave out either.'
+            )
+        self.image_token = image_token
+        self.image_views, self.image_text = image_views, image_text
+        repeated = self._repeated_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(repeated)
+        if self.image_token_id is None or tokenizer.convert_ids_to_tokens(self.image_token_id) != repeated:
+            raise ValueError(
+                f"{repeated!r} is not a token of the tokenizer. Load the processor from a composed checkpoint, or "
                 "make it with anyvlm.compose, which adds the token."
             )
         # A tokenizer remembers in its file on which side it padded last (the right, after training), and what it was loaded
@@ -103,31 +131,110 @@ class AnyVlmProcessor(ProcessorMixin):
         flat = _flatten(images)
         if not flat:
             return {}, []
-        processed, replacements = super()._process_images(flat, **kwargs)
+        views = flat
+        if has_several_views(self.image_views):
+            resample = getattr(self.image_processor, "resample", None)
+            plans = [plan_views(self.image_views, picture.height, picture.width) for picture in flat]
+            views = [view for picture, plan in zip(flat, plans) for view in cut_views(picture, plan, resample)]
+            if self.image_views.get("view_size") is None:
+                kwargs["do_resize"] = False  # the views have the sizes that the tower is to see
+        processed = self.image_processor(views, **{**kwargs, "return_tensors": kwargs.get("return_tensors") or "pt"})
         # Image processors also return what only their own model reads (masks of padding, original sizes).
-        return {key: processed[key] for key in ("pixel_values", *self._patch_keys) if key in processed}, replacements
+        outputs = {key: processed[key] for key in ("pixel_values", *self._patch_keys) if key in processed}
+        if has_several_views(self.image_views):
+            outputs["original_sizes"] = torch.tensor([(picture.height, picture.width) for picture in flat])
+        return outputs, self._picture_texts(outputs)
 
     @property
     def _patch_keys(self) -> list[str]:
         return _patch_keys(self.vision_tower_spec)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """The placeholder of picture `image_idx`, as often as that picture takes tokens."""
-        grid = _grids(self.vision_tower_spec, image_inputs)[image_idx]
-        return self.image_token * num_tokens_of_grid(self.projector_config, grid)
+        """What the text has in the place of picture `image_idx`: its tokens, and what is written around them."""
+        return self._picture_texts(image_inputs)[image_idx]
+
+    def _picture_texts(self, image_inputs: Mapping) -> list[str]:
+        """What stands for each picture.
+
+        Raises:
+            ValueError: the image processor makes another size of a view than was planned.
+        """
+        grids = _grids(self.vision_tower_spec, image_inputs)
+        if has_several_views(self.image_views):
+            sizes = [tuple(size) for size in image_inputs["original_sizes"].tolist()]
+        else:
+            sizes = [(1, 1)] * len(grids)  # one view each, whatever their size
+        texts, start = [], 0
+        for size in sizes:
+            plan = plan_views(self.image_views, *size)
+            end = start + len(plan.views)
+            found = grids[start:end]
+            if has_several_views(self.image_views) and found != feature_grids(self, plan):
+                raise ValueError(
+                    f"A picture of {size[0]}x{size[1]} pixels (height x width) was to give the grids of features "
+                    f"{feature_grids(self, plan)}, but the image processor makes {found} of its views. Leave the "
+                    "processor's sizes as they were saved."
+                )
+            tokens = [token_grid(self.projector_config, grid) for grid in found]
+            if has_text_between_views(self.image_text):
+                texts.append(picture_text(self.image_text, self._repeated_token, plan, tokens))
+            else:
+                number = num_joined_tokens(self.image_views, plan, tokens, *size)
+                texts.append(joined_text(self.image_text, self._repeated_token, number))
+            start = end
+        return texts
+
+    @property
+    def _repeated_token(self) -> str:
+        return (self.image_text or {}).get("token", self.image_token)
+
+    def get_text_with_replacements(self, text, images_replacements=(), *args, **kwargs):
+        """As the base class; pictures are numbered in each text where `image_text` says so."""
+        numbers = [number for sample in text for number in range(sample.count(self.image_token))]
+        replacements = [
+            picture_prefix(self.image_text, number) + replacement
+            for number, replacement in zip(numbers, images_replacements)
+        ]
+        return super().get_text_with_replacements(text, replacements, *args, **kwargs)
+
+    def _check_special_mm_tokens(self, text: list[str], text_inputs: Mapping, modalities: list[str]) -> None:
+        """As the base class, which looks for the token of the user's text; what is repeated may be another.
+
+        Raises:
+            ValueError: a text was cut off inside a picture.
+        """
+        token = self._repeated_token
+        if token == self.image_token:
+            return super()._check_special_mm_tokens(text, text_inputs, modalities)
+        written = [sample.count(token) for sample in text]
+        found = [list(ids).count(self.image_token_id) for ids in text_inputs["input_ids"]]
+        if found != written:
+            raise ValueError(
+                f"The texts have {written} image tokens, of which {found} are left after the tokenizer. Switch truncation "
+                "off or raise max_length: a picture cannot be cut off."
+            )
+        return super()._check_special_mm_tokens(text, text_inputs, [name for name in modalities if name != "image"])
 
     def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs) -> MultiModalData:
-        """Token counts for pictures of the given `(height, width)` before processing; servers ask for them."""
+        """Token counts for pictures of the given `(height, width)` before processing; servers ask for them.
+
+        No picture is made, unless only the image processor knows to which size it brings one.
+        """
         if image_sizes is None:
             return MultiModalData()
-        grids = grids_of_sizes(self.image_processor, self.vision_tower_spec, image_sizes, **kwargs)
-        tokens = [num_tokens_of_grid(self.projector_config, grid) for grid in grids]
-        return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * len(image_sizes))
+        if has_several_views(self.image_views) or not (kwargs or self.vision_tower_spec["any_size"]):
+            tokens = [num_image_tokens(self, height, width) for height, width in image_sizes]
+        else:
+            grids = grids_of_sizes(self.image_processor, self.vision_tower_spec, image_sizes, **kwargs)
+            tokens = [math.prod(token_grid(self.projector_config, grid)) for grid in grids]
+        views = [len(plan_views(self.image_views, height, width).views) for height, width in image_sizes]
+        return MultiModalData(num_image_tokens=tokens, num_image_patches=views)
 
     @property
     def model_input_names(self) -> list[str]:
         names = [name for name in self.tokenizer.model_input_names if name != "token_type_ids"]
-        return [*names, "pixel_values", *self._patch_keys]
+        sizes = ["original_sizes"] if has_several_views(self.image_views) else []
+        return [*names, "pixel_values", *self._patch_keys, *sizes]
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """Write the processor's config and, beside it, the code: `save_pretrained` and `push_to_hub` come by here."""

@@ -1,0 +1,112 @@
+"""The text that stands for a picture: its image tokens, and what is written around and between them.
+
+`image_text` in the processor's config is a dict of strings, all optional; `None` means the tokens alone. In each, `{tokens}`
+stands for the tokens of one view and `{row}`, `{column}`, `{index}` for the place of a tile, counted from 1:
+
+| key | meaning | such as |
+|---|---|---|
+| `token` | what is repeated, if it is another token than the one a picture has in the user's text | Gemma 3's `<image_soft_token>` |
+| `prefix` | before a picture; `{number}` counts the pictures of a text from 0 | MiniCPM-V's `<image_id>0</image_id>` |
+| `start`, `end` | around all views of a picture | InternVL's `<img>`, `</img>` |
+| `whole` | the whole picture beside tiles | Idefics3's `\\n<fake><global-img>{tokens}<fake>` |
+| `whole_alone` | the whole picture without tiles; default: as `whole` | Gemma 3 |
+| `tile` | a tile | Idefics3's `<fake><row_1_col_1>{tokens}` |
+| `tile_separator` | between tiles of one row | Gemma 3's space |
+| `row_separator` | between rows of tiles | MiniCPM-V's line break |
+| `row_end` | after each row of tiles | Idefics3's line break |
+| `line_end` | after each row of tokens within a view | Mistral's `[IMG_BREAK]` |
+| `last_line_end` | in its place after a view's last row | Mistral's `[IMG_END]` |
+"""
+
+from ..configuration.image_tokens import Grid
+from ..configuration.tile_layouts import PictureViews
+
+
+KEYS = (
+    "token",
+    "prefix",
+    "start",
+    "end",
+    "whole",
+    "whole_alone",
+    "tile",
+    "tile_separator",
+    "row_separator",
+    "row_end",
+    "line_end",
+    "last_line_end",
+)
+
+_TOKENS = "{tokens}"
+
+
+def check_image_text(image_text: dict | None) -> None:
+    """Refuse unknown keys, and templates without tokens.
+
+    Raises:
+        ValueError: naming them.
+    """
+    unknown = sorted(set(image_text or {}) - set(KEYS))
+    if unknown:
+        raise ValueError(f"Unknown keys in image_text: {', '.join(unknown)}. Known ones: {', '.join(KEYS)}.")
+    for key in ("whole", "whole_alone", "tile"):
+        if _TOKENS not in (image_text or {}).get(key, _TOKENS):
+            raise ValueError(f"image_text[{key!r}] must have {_TOKENS} where the tokens of the view belong.")
+
+
+def has_text_between_views(image_text: dict | None) -> bool:
+    """Whether something is written between tokens of one picture, so that they are not one run."""
+    return bool(image_text) and bool(set(image_text) - {"token", "prefix", "start", "end"})
+
+
+def joined_text(image_text: dict | None, token: str, num_tokens: int) -> str:
+    """A picture whose tokens are one run."""
+    image_text = image_text or {}
+    return image_text.get("start", "") + token * num_tokens + image_text.get("end", "")
+
+
+def picture_text(image_text: dict | None, token: str, plan: PictureViews, grids: list[Grid]) -> str:
+    """A picture whose views have tokens in `grids`, each view with what is written around it."""
+    image_text = image_text or {}
+    whole = image_text.get("whole", _TOKENS)
+    if plan.rows == 0:
+        whole = image_text.get("whole_alone", whole)
+    parts: list[str] = []
+    tile = 0
+    for view, grid in enumerate(grids):
+        tokens = view_tokens(image_text, token, grid)
+        if view == plan.whole:
+            parts.append(whole.replace(_TOKENS, tokens))
+            continue
+        row, column = divmod(tile, plan.columns)
+        tile += 1
+        if column:
+            parts.append(image_text.get("tile_separator", ""))
+        elif row:
+            parts.append(image_text.get("row_separator", ""))
+        places = {"{row}": row + 1, "{column}": column + 1, "{index}": tile, _TOKENS: tokens}
+        parts.append(_filled(image_text.get("tile", _TOKENS), places))
+        if column + 1 == plan.columns:
+            parts.append(image_text.get("row_end", ""))
+    return image_text.get("start", "") + "".join(parts) + image_text.get("end", "")
+
+
+def view_tokens(image_text: dict, token: str, grid: Grid) -> str:
+    """The tokens of one view, row by row."""
+    rows, columns = grid
+    line_end = image_text.get("line_end", "")
+    if not line_end:
+        return token * (rows * columns)
+    last = image_text.get("last_line_end", line_end)
+    return line_end.join([token * columns] * rows) + last
+
+
+def picture_prefix(image_text: dict | None, number: int) -> str:
+    """What stands before the picture with this number, counted from 0 in each text."""
+    return (image_text or {}).get("prefix", "").replace("{number}", str(number))
+
+
+def _filled(template: str, values: dict[str, object]) -> str:
+    for name, value in values.items():
+        template = template.replace(name, str(value))
+    return template
