@@ -15,18 +15,21 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..configuration.configuration_anyvlm import FUSIONS, IMAGE_ATTENTIONS, AnyVlmConfig
 from ..configuration.image_tokens import num_tokens_of_grid
+from ..configuration.image_views import has_newline
 from ..modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
 from ..modeling.projectors import build_projector
-from ..processing.processing_anyvlm import AnyVlmProcessor, grids_of_sizes
+from ..processing.processing_anyvlm import AnyVlmProcessor, grids_of_sizes, makes_one_size
 from .chat_templates import chat_template_with_images
 from .errors import CompositionError
 from .image_attention_probe import probe_image_attention
+from .image_processors import load_image_processor
 from .language_model_probe import probe_generation, probe_language_model
 from .model_sizes import num_positions
 from .parts import PartSource, load_language_model, load_vision_tower, pretrained_name, source_name
 from .probe import probe_features
 from .projector_grid import check_projector_grid
 from .tokenizers import add_image_token, load_tokenizer, normalise_special_tokens
+from .views import Measured, complete_views, fewest_and_most_tokens, views_settings
 from .vision_part import check_vision_fusion, examine_vision_part, vision_sources
 
 
@@ -44,6 +47,7 @@ def compose(
     projector: str | dict = "mlp",
     fusion: str = "embed",
     image_attention: str = "causal",
+    views: str | dict | None = None,
     tokenizer: PreTrainedTokenizerBase | str | None = None,
     image_processor: BaseImageProcessor | str | Sequence | None = None,
     feature_extractor: object | None = None,
@@ -71,6 +75,10 @@ def compose(
         fusion: `"embed"`: image tokens take the place of placeholders in the language model's input.
         image_attention: `"causal"`: image tokens see what comes before them, as text does. `"bidirectional"`: also the rest
             of their picture. `"prefix"`: all of the prompt sees all of it; only the answer is causal.
+        views: How a picture is shown to the tower: `"resize"`, whole and in one size (or in its own, if the image
+            processor keeps it); `"tiles"`, cut into tiles; `"slices"`, adaptively sliced; or a dict with `type` and settings
+            (`configuration/image_views.py`), such as `{"type": "tiles", "layout": "dynamic", "max_tiles": 6}`. What is
+            left out follows from the tower.
         tokenizer: Instance, path or Hub id. Default: the language model's.
         image_processor: Instance, path or Hub id; a list of one for each of several towers. Default: the tower's, or a
             plain one for a config.
@@ -112,6 +120,7 @@ def compose(
     projector_config = {"type": projector} if isinstance(projector, str) else dict(projector)
     sources = vision_sources(vision)
     check_vision_fusion(vision_fusion)
+    settings = views_settings(views)
 
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
@@ -150,8 +159,18 @@ def compose(
         features = probe_features(vision_tower, spec, part.layer, is_trained=is_trained)
 
         check_projector_grid(projector_config, spec)
-        grid = grids_of_sizes(part.image_processor, spec, [part.size])[0]
-        _check_context(language_model, spec, num_tokens_of_grid(projector_config, grid))
+        image_views = complete_views(settings, spec, projector_config, part.image_processor, part.size)
+        view_size = (image_views or {}).get("view_size")
+        if view_size and not makes_one_size(part.image_processor, spec):
+            part.image_processor, part.size = load_image_processor(
+                image_processor, sources[0], vision_tower, tuple(view_size), trust_remote_code
+            )
+        if image_views is None:
+            grid = grids_of_sizes(part.image_processor, spec, [part.size])[0]
+            fewest = most = num_tokens_of_grid(projector_config, grid)
+        else:
+            fewest, most = fewest_and_most_tokens(Measured(spec, projector_config, image_views))
+        _check_context(language_model, spec, fewest, most)
         embedding_width = _embedding_width(language_model)
         projector_config = {
             "in_features": spec["hidden_size"],
@@ -169,6 +188,7 @@ def compose(
             language_model_spec=language_model_spec,
             projector_config=projector_config,
             fusion=fusion,
+            image_views=image_views,
             image_token_id=image_token_id,
             vision_feature_layer=part.layer,
             vision_feature_select_strategy=part.select_strategy,
@@ -189,6 +209,7 @@ def compose(
         image_token=image_token,
         vision_tower_spec=spec,
         projector_config=projector_config,
+        image_views=image_views,
     )
     return model.eval(), processor
 
@@ -203,6 +224,11 @@ def _assemble(config: AnyVlmConfig, vision_tower: nn.Module, language_model: nn.
     for module in projector.modules():
         model._init_weights(module)
     model.multi_modal_projector = projector.to(language_model.device, config.dtype)
+    if has_newline(config.image_views):
+        model.image_newline = nn.Parameter(
+            model.image_newline.new_empty(len(model.image_newline), dtype=config.dtype, device=language_model.device)
+        )
+        model._init_weights(model)
     model.generation_config = language_model.generation_config
     return model
 
@@ -219,7 +245,10 @@ def _match_embedding_scale(model: AnyVlmForConditionalGeneration, features: torc
     dtype = projector.output_layer.weight.dtype
     features = features.to(projector.output_layer.weight.device)
     tokens, _ = projector.float()(features, tuple(model.config.vision_tower_spec["grid"]))
-    scale = embedding_rms(model.language_model) / tokens.square().mean().sqrt().clamp(min=1e-12)
+    rms = embedding_rms(model.language_model)
+    if has_newline(model.config.image_views):
+        model.image_newline.normal_(std=float(rms))
+    scale = rms / tokens.square().mean().sqrt().clamp(min=1e-12)
     projector.output_layer.weight.mul_(scale)
     projector.to(dtype)
 
@@ -245,25 +274,30 @@ def embedding_rms(language_model: nn.Module, max_rows: int = 4096) -> torch.Tens
     return values[used].square().mean().sqrt()
 
 
-def _check_context(language_model: nn.Module, spec: dict, tokens: int) -> None:
-    """Warn where a picture, which takes `tokens`, leaves a text less room than it takes itself.
+def _check_context(language_model: nn.Module, spec: dict, fewest: int, most: int) -> None:
+    """Warn where a picture, which takes `fewest` to `most` tokens, leaves a text less room than it takes itself.
 
     Raises:
         CompositionError: one picture alone takes all positions. (Not where pictures keep their own sizes.)
     """
     positions = num_positions(language_model.config)
-    if positions and tokens >= positions and not spec["any_size"]:
+    if positions and fewest >= positions and not spec["any_size"]:
+        height, width = spec["image_size"]
+        picture = f"One picture of {height}x{width} pixels" if fewest == most else "Even a small picture"
+        fewer_tiles = "" if fewest == most else ", fewer tiles (views=…)"
         raise CompositionError(
-            f"One picture of {spec['image_size'][0]}x{spec['image_size'][1]} pixels takes {tokens} tokens, and the language "
-            f"model has {positions} positions, so no text would fit beside it. Pass a smaller image_size=…, or a tower "
-            "with larger patches."
+            f"{picture} takes {fewest} tokens, and the language "
+            f"model has {positions} positions, so no text would fit beside it. Pass a smaller image_size=…{fewer_tiles}, or "
+            "a tower with larger patches."
         )
-    if positions and 2 * tokens > positions:
+    if positions and 2 * most > positions:
         logger.warning(
-            "One picture takes %d of the %d positions that the language model was made for. Pass a smaller image_size=… "
+            "One picture takes %s%d of the %d positions that the language model was made for. Pass a smaller image_size=…%s "
             "for fewer tokens.",
-            tokens,
+            "up to " if most > fewest else "",
+            most,
             positions,
+            " or fewer tiles (views=…)" if most > fewest else "",
         )
 
 

@@ -1,12 +1,12 @@
 """Into which views a picture is taken apart, and how many tokens it takes: one answer for the processor and the model.
 
-A *view* is one picture handed to the tower: the whole picture, a tile, a slice or a crop. `image_views` in the config says how
-a picture becomes views; `None` means `{"type": "resize"}`, one view. Its keys:
+A *view* is one picture handed to the tower: the whole picture, a tile, a slice or a crop. `image_views` in the config says
+how a picture becomes views; `None` means `{"type": "resize"}`, one view. Its keys:
 
 | key | meaning |
 |---|---|
 | `type` | a row of `VIEWS` |
-| `view_size` | pixels `[height, width]` that the image processor makes of every view; `null` if views keep their planned sizes |
+| `view_size` | pixels `[height, width]` that the image processor makes of every view; `null`: as planned |
 | `layout` | of `tiles`: a row of `TILE_LAYOUTS`, whose functions say which settings they read |
 | `join` | `"concat"`: the views' tokens one after another; `"spatial"`: LLaVA-NeXT's merge of tiles into one map |
 | `max_merged_tiles` | of `"spatial"`: a map of more tiles than this is scaled down (LLaVA-OneVision's `anyres_max_9`) |
@@ -88,7 +88,7 @@ VIEWS: dict[str, Callable[[dict, int, int], PictureViews]] = {
     "slices": _slices,
 }
 
-#: Types of which every picture is one view, so that the model needs no sizes of pictures to know which views belong together.
+#: Types of which every picture is one view, so that the model needs no sizes to know which views belong together.
 SINGLE_VIEW_TYPES = ("resize",)
 
 
@@ -109,8 +109,8 @@ def check_image_views(image_views: dict | None) -> None:
             plan_views(image_views, height, width)
     except KeyError as error:
         raise ValueError(
-            f"image_views lacks {error}, which views of this kind need: {image_views}. anyvlm.compose(views=…) fills in what "
-            "is left out."
+            f"image_views lacks {error}, which views of this kind need: {image_views}. anyvlm.compose(views=…) fills in "
+            "what is left out."
         ) from error
 
 

@@ -5,7 +5,7 @@ stands for the tokens of one view and `{row}`, `{column}`, `{index}` for the pla
 
 | key | meaning | such as |
 |---|---|---|
-| `token` | what is repeated, if it is another token than the one a picture has in the user's text | Gemma 3's `<image_soft_token>` |
+| `token` | what is repeated, if not the token of the user's text | Gemma 3's `<image_soft_token>` |
 | `prefix` | before a picture; `{number}` counts the pictures of a text from 0 | MiniCPM-V's `<image_id>0</image_id>` |
 | `start`, `end` | around all views of a picture | InternVL's `<img>`, `</img>` |
 | `whole` | the whole picture beside tiles | Idefics3's `\\n<fake><global-img>{tokens}<fake>` |

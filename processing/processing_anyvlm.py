@@ -24,8 +24,8 @@ from ..configuration.image_views import (
 )
 from ..modeling.picture_inputs import PICTURE_INPUTS
 from .image_text import check_image_text, has_text_between_views, joined_text, picture_prefix, picture_text
-from .image_views import cut_views
 from .pictures import to_rgb_picture
+from .view_cutting import cut_views
 
 
 class AnyVlmProcessorKwargs(ProcessingKwargs, total=False):
@@ -68,7 +68,7 @@ class AnyVlmProcessor(ProcessorMixin):
         check_image_text(image_text)
         if has_newline(image_views) and has_text_between_views(image_text):
             raise ValueError(
-                'image_text writes something between the views of a picture, whose tokens image_views joins into one map '
+                "image_text writes something between the views of a picture, whose tokens image_views joins into one map "
                 '("join": "spatial"). Leave out either.'
             )
         self.image_token = image_token
@@ -159,7 +159,7 @@ class AnyVlmProcessor(ProcessorMixin):
         Raises:
             ValueError: the image processor makes another size of a view than was planned.
         """
-        grids = _grids(self.vision_tower_spec, image_inputs)
+        grids = grids_of_outputs(self.vision_tower_spec, image_inputs)
         if has_several_views(self.image_views):
             sizes = [tuple(size) for size in image_inputs["original_sizes"].tolist()]
         else:
@@ -255,7 +255,7 @@ def grids_of_sizes(
     """Rows and columns of features of pictures of the given `(height, width)` before processing."""
     # Only the image processor knows to which size it brings a picture.
     pictures = [Image.new("RGB", (width, height)) for height, width in image_sizes]
-    return _grids(vision_tower_spec, image_processor(pictures, return_tensors="pt", **kwargs))
+    return grids_of_outputs(vision_tower_spec, image_processor(pictures, return_tensors="pt", **kwargs))
 
 
 def makes_one_size(image_processor, vision_tower_spec: dict) -> bool:
@@ -270,7 +270,8 @@ def _patch_keys(vision_tower_spec: dict) -> list[str]:
     return list(PICTURE_INPUTS[vision_tower_spec["inputs"]].from_processor.values())
 
 
-def _grids(vision_tower_spec: dict, image_inputs: Mapping) -> list[tuple[int, int]]:
+def grids_of_outputs(vision_tower_spec: dict, image_inputs: Mapping) -> list[tuple[int, int]]:
+    """Rows and columns of features of each picture that an image processor has made ready."""
     outputs = {key: image_inputs[key] for key in _patch_keys(vision_tower_spec) if key in image_inputs}
     return image_grids(vision_tower_spec, image_inputs["pixel_values"], outputs)
 
