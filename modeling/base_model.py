@@ -11,8 +11,8 @@ from transformers.utils import can_return_tuple
 
 from ..configuration.configuration_anyvlm import AnyVlmConfig
 from ..configuration.image_tokens import image_grids
-from ..configuration.instructions import instruction_arguments
 from ..configuration.image_views import has_newline, has_several_views
+from ..configuration.instructions import instruction_arguments
 from .fused_vision_towers import build_vision_part
 from .image_attention import attention_blocks, block_attention_masks
 from .language_models import (
