@@ -28,7 +28,12 @@ from .model_sizes import num_positions
 from .parts import PartSource, load_language_model, load_vision_tower, pretrained_name, source_name
 from .probe import probe_features
 from .projector_grid import check_projector_grid
-from .tokenizers import add_image_token, load_tokenizer, normalise_special_tokens
+from .tokenizers import (
+    add_image_token,
+    load_instruction_tokenizer,
+    load_tokenizer,
+    normalise_special_tokens,
+)
 from .views import Measured, complete_views, fewest_and_most_tokens, views_settings
 from .vision_part import check_vision_fusion, examine_vision_part, vision_sources
 
@@ -51,6 +56,7 @@ def compose(
     tokenizer: PreTrainedTokenizerBase | str | None = None,
     image_processor: BaseImageProcessor | str | Sequence | None = None,
     feature_extractor: object | None = None,
+    qformer_tokenizer: PreTrainedTokenizerBase | str | None = None,
     image_size: int | tuple[int, int] | None = None,
     image_token: str = "<image>",
     vision_feature_layer: int | Sequence | None = None,
@@ -83,6 +89,8 @@ def compose(
         image_processor: Instance, path or Hub id; a list of one for each of several towers. Default: the tower's, or a
             plain one for a config.
         feature_extractor: Goes with `audio`.
+        qformer_tokenizer: For a projector that reads the instruction beside the picture (`"reads_text": True`): instance,
+            path or Hub id. Default: the language model's, and a vocabulary of its size.
         image_size: Pixels, one edge or `(height, width)`. Default: what the image processor makes.
         image_token: Text that stands for a picture. Added to the tokenizer as one token if it has none.
         vision_feature_layer: `None` for the tower's last hidden state; an index or indices into its hidden states. With
@@ -142,6 +150,9 @@ def compose(
 
         language_model_spec = probe_language_model(language_model)
         normalise_special_tokens(text_tokenizer, language_model)
+        instruction_tokenizer, projector_config = load_instruction_tokenizer(
+            qformer_tokenizer, text_tokenizer, projector_config, trust_remote_code
+        )
         image_token_id = add_image_token(text_tokenizer, language_model, image_token)
 
         part = examine_vision_part(
@@ -205,6 +216,7 @@ def compose(
     processor = AnyVlmProcessor(
         image_processor=part.image_processor,
         tokenizer=text_tokenizer,
+        qformer_tokenizer=instruction_tokenizer,
         chat_template=chat_template_with_images(text_tokenizer, image_token),
         image_token=image_token,
         vision_tower_spec=spec,

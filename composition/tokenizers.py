@@ -1,10 +1,12 @@
 """Make a language model's tokenizer ready for pictures: one image token, and bos, eos and pad that agree."""
 
+import copy
 import logging
 
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from ..configuration.instructions import reads_instruction
 from ..modeling.language_models import resize_vocabulary
 from .errors import CompositionError
 from .parts import PartSource, pretrained_name
@@ -37,6 +39,42 @@ def load_tokenizer(
             "tokenizer=… (a path, a Hub id or an instance)."
         )
     return loaded
+
+
+def load_instruction_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | str | None,
+    text_tokenizer: PreTrainedTokenizerBase,
+    projector_config: dict,
+    trust_remote_code: bool,
+) -> tuple[PreTrainedTokenizerBase | None, dict]:
+    """The tokenizer of a projector that reads the instruction (`None` for others), and the projector's config for it.
+
+    Args:
+        tokenizer: The one given. Without one it is a copy of the language model's, and the Q-Former's vocabulary is as
+            large.
+
+    Raises:
+        CompositionError: a tokenizer for a projector that reads nothing, or one that knows more tokens than the Q-Former.
+    """
+    if not reads_instruction(projector_config):
+        if tokenizer is not None:
+            raise CompositionError(
+                "qformer_tokenizer is for a projector that reads the instruction beside the picture. Leave it out, or "
+                'compose with projector={"type": "qformer", "reads_text": True}.'
+            )
+        return None, projector_config
+    if tokenizer is None:
+        loaded = copy.deepcopy(text_tokenizer)
+        loaded.padding_side = "right"  # a Q-Former's positions count padding
+    else:
+        loaded = load_tokenizer(tokenizer, "", trust_remote_code)
+    settings = {"vocab_size": len(loaded), **(projector_config.get("qformer_config") or {})}
+    if settings["vocab_size"] < len(loaded):
+        raise CompositionError(
+            f"The Q-Former has a vocabulary of {settings['vocab_size']} tokens, but its tokenizer {len(loaded)}. Leave out "
+            "vocab_size in qformer_config, or pass the qformer_tokenizer that goes with it."
+        )
+    return loaded, {**projector_config, "qformer_config": settings}
 
 
 def normalise_special_tokens(tokenizer: PreTrainedTokenizerBase, language_model: nn.Module) -> None:

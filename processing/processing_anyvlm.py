@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import ProcessorMixin
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
 from transformers.utils import PROCESSOR_NAME
 
@@ -22,9 +21,12 @@ from ..configuration.image_views import (
     num_joined_tokens,
     plan_views,
 )
+from ..configuration.instructions import INSTRUCTION_KEYS
 from ..modeling.picture_inputs import PICTURE_INPUTS
 from .image_text import check_image_text, has_text_between_views, joined_text, picture_prefix, picture_text
+from .instruction_processor import InstructionProcessor
 from .pictures import to_rgb_picture
+from .pictures_first import PicturesFirstProcessor
 from .view_cutting import cut_views
 
 
@@ -34,12 +36,14 @@ class AnyVlmProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": False, "padding_side": "left", "return_token_type_ids": False}}
 
 
-class AnyVlmProcessor(ProcessorMixin):
+class AnyVlmProcessor(PicturesFirstProcessor, InstructionProcessor):
     """Text with pictures to model inputs.
 
     Args:
         image_processor: Image processor of the vision tower.
         tokenizer: Tokenizer of the language model, in which `image_token` is one token.
+        qformer_tokenizer: Tokenizer of the projector, if it reads the instruction beside the picture
+            (`processing/instruction_processor.py`).
         chat_template: Jinja template that writes `image_token` where a picture stands in a message.
         image_token: Stands for a picture in a text; the processor repeats it as often as the picture takes tokens (or
             `image_text["token"]`, if there is one).
@@ -48,6 +52,8 @@ class AnyVlmProcessor(ProcessorMixin):
         image_views: As in the model's config: says into which views a picture is cut.
         image_text: What is written around the tokens of a picture and between those of its views
             (`processing/image_text.py`).
+        pictures_first: Image tokens come before everything else, bos and padding included
+            (`processing/pictures_first.py`).
     """
 
     valid_processor_kwargs = AnyVlmProcessorKwargs
@@ -56,12 +62,14 @@ class AnyVlmProcessor(ProcessorMixin):
         self,
         image_processor=None,
         tokenizer=None,
+        qformer_tokenizer=None,
         chat_template=None,
         image_token="<image>",
         vision_tower_spec=None,
         projector_config=None,
         image_views=None,
         image_text=None,
+        pictures_first=False,
         **kwargs,
     ):
         check_image_views(image_views)
@@ -72,6 +80,7 @@ class AnyVlmProcessor(ProcessorMixin):
                 '("join": "spatial"). Leave out either.'
             )
         self.image_token = image_token
+        self.pictures_first = pictures_first
         self.image_views, self.image_text = image_views, image_text
         repeated = self._repeated_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(repeated)
@@ -85,6 +94,7 @@ class AnyVlmProcessor(ProcessorMixin):
         tokenizer.padding_side = AnyVlmProcessorKwargs._defaults["text_kwargs"]["padding_side"]
         self.vision_tower_spec = vision_tower_spec
         self.projector_config = projector_config
+        self.set_instruction_tokenizer(qformer_tokenizer, projector_config)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
@@ -143,7 +153,7 @@ class AnyVlmProcessor(ProcessorMixin):
         outputs = {key: processed[key] for key in ("pixel_values", *self._patch_keys) if key in processed}
         if has_several_views(self.image_views):
             outputs["original_sizes"] = torch.tensor([(picture.height, picture.width) for picture in flat])
-        return outputs, self._picture_texts(outputs)
+        return outputs, self.picture_texts(outputs)
 
     @property
     def _patch_keys(self) -> list[str]:
@@ -151,9 +161,9 @@ class AnyVlmProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """What the text has in the place of picture `image_idx`: its tokens, and what is written around them."""
-        return self._picture_texts(image_inputs)[image_idx]
+        return self.picture_texts(image_inputs)[image_idx]
 
-    def _picture_texts(self, image_inputs: Mapping) -> list[str]:
+    def picture_texts(self, image_inputs: Mapping) -> list[str]:
         """What stands for each picture.
 
         Raises:
@@ -234,7 +244,8 @@ class AnyVlmProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         names = [name for name in self.tokenizer.model_input_names if name != "token_type_ids"]
         sizes = ["original_sizes"] if has_several_views(self.image_views) else []
-        return [*names, "pixel_values", *self._patch_keys, *sizes]
+        instructions = INSTRUCTION_KEYS if self.qformer_tokenizer is not None else ()
+        return [*names, "pixel_values", *self._patch_keys, *sizes, *instructions]
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """Write the processor's config and, beside it, the code: `save_pretrained` and `push_to_hub` come by here."""

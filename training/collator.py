@@ -43,6 +43,9 @@ class AnyVlmDataCollator:
             texts.append(text)
             spans.append(assistant_spans)
             pictures.append(images)
+        # A projector that reads the text beside the picture must not read the answer.
+        prompts = [text[: parts[0][0] if parts else None] for text, parts in zip(texts, spans)]
+        reads = self.processor.qformer_tokenizer is not None
         bos = self.processor.tokenizer.bos_token
         batch = self.processor(
             text=texts,
@@ -53,6 +56,7 @@ class AnyVlmDataCollator:
             return_tensors="pt",
             return_offsets_mapping=True,
             return_text_replacement_offsets=True,
+            **({"instruction": prompts} if reads else {}),
         )
         offsets = batch.pop("offset_mapping")
         replacements = batch.pop("text_replacement_offsets", None) or [[] for _ in samples]
