@@ -13,11 +13,11 @@ class PicturesFirstProcessor(ProcessorMixin):
     """With `pictures_first`, what the classes below it make of a text has its image tokens in front."""
 
     def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
-        """As the base class. With `pictures_first`, placeholders may be left out of the text, or stand in front of it.
+        """As the base class. With `pictures_first`, placeholders may be left out of the text; wherever they stand, the
+        tokens of the pictures come before the text.
 
         Raises:
-            ValueError: with `pictures_first`, a placeholder that is not in front of its text, or texts with another number
-                of image tokens than one another.
+            ValueError: with `pictures_first`, texts with another number of image tokens than one another.
         """
         if not self.pictures_first or images is None or text is None:
             return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
@@ -48,13 +48,6 @@ class PicturesFirstProcessor(ProcessorMixin):
     def _with_placeholders(self, texts: list[str], images: Any) -> list[str]:
         """Placeholders in front of texts that have none: for the pictures in a text's own list, else one for each text,
         or all of them for a single text."""
-        for sample in texts:
-            in_front, middle = sample.rpartition(self.image_token)[0::2]
-            if in_front.replace(self.image_token, "").strip() and self.image_token in sample:
-                raise ValueError(
-                    f"This model's pictures come before the text, but {self.image_token!r} stands in the middle of "
-                    f"{sample[:80]!r}. Leave it out, or put it in front."
-                )
         if any(self.image_token in sample for sample in texts):
             return texts
         pictures = images if isinstance(images, (list, tuple)) else [images]
