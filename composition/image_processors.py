@@ -69,7 +69,7 @@ def load_image_processor(
         return _plain_processor(default_size, {**stated, **_stated_settings(source)}), default_size
     processor = copy.deepcopy(processor)
     if row.from_processor and size is None and not plain and _makes_patches(processor, row):
-        return processor, default_size
+        return processor, _example_size(default_size, config)
     measured = _output_size(processor)
     if measured is not None and size in (None, measured):
         return processor, measured
@@ -127,7 +127,13 @@ def _family_processor(config: PreTrainedConfig) -> BaseImageProcessor | None:
             for key, other in _PATCH_SETTINGS.items()
             if isinstance(getattr(config, other, None), int) and hasattr(processor_class, key)
         }
-        return processor_class(**stated)
+        processor = processor_class(**stated)
+        edge = _config_size(config)
+        if edge and set(dict(processor.size or {})) == {"longest_edge"}:
+            processor.size = {
+                "longest_edge": max(edge)
+            }  # pixtral's, which would make larger ones than the tower takes
+        return processor
     return None
 
 
@@ -260,6 +266,12 @@ def _default_size(config: PreTrainedConfig, row: PictureInputs) -> tuple[int, in
         edge = patch_edge(config)
         return max(1, height // edge) * edge, max(1, width // edge) * edge
     return height, width
+
+
+def _example_size(size: tuple[int, int], config: PreTrainedConfig, most: int = 448) -> tuple[int, int]:
+    """The size of a picture with which a tower of any size is tried; a large one would only take long."""
+    edge = patch_edge(config)
+    return tuple(min(length, max(most // edge, 1) * edge) for length in size)
 
 
 def _config_size(config: PreTrainedConfig) -> tuple[int, int] | None:

@@ -40,9 +40,9 @@ def image_grids(vision_tower_spec: dict, pixel_values, processor_outputs: Mappin
     Args:
         pixel_values: Plain pictures ``(num_images, channels, height, width)``, or patches.
         processor_outputs: What the tower's own image processor gives beside patches: ``image_grid_thw``
-            ``(num_images, 3)``, ``spatial_shapes`` or ``target_sizes`` ``(num_images, 2)``, in patches, or
-            ``image_position_ids`` ``(num_images, num_patches, 2)``, column and row, negative at padding. Empty for
-            plain pictures.
+            ``(num_images, 3)``, ``spatial_shapes`` or ``target_sizes`` ``(num_images, 2)``, in patches,
+            ``image_position_ids`` ``(num_images, num_patches, 2)``, column and row, negative at padding, or
+            ``image_sizes`` ``(num_images, 2)``, in pixels. Empty for plain pictures.
     """
     merge = vision_tower_spec["merge_size"]
     for key in ("image_grid_thw", "spatial_shapes", "target_sizes"):
@@ -53,6 +53,8 @@ def image_grids(vision_tower_spec: dict, pixel_values, processor_outputs: Mappin
     if processor_outputs.get("image_position_ids") is not None:
         edges = processor_outputs["image_position_ids"].amax(1) + 1
         return [(rows // merge, columns // merge) for columns, rows in edges.tolist()]
+    if processor_outputs.get("image_sizes") is not None:
+        return [image_grid(vision_tower_spec, *size) for size in processor_outputs["image_sizes"].tolist()]
     return [image_grid(vision_tower_spec, *pixel_values.shape[-2:])] * len(pixel_values)
 
 

@@ -158,6 +158,7 @@ class AnyVlmModel(PreTrainedModel):
         pixel_attention_mask: torch.Tensor | None = None,
         target_sizes: torch.Tensor | None = None,
         image_position_ids: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
@@ -176,6 +177,7 @@ class AnyVlmModel(PreTrainedModel):
             pixel_attention_mask: `(num_images, num_patches)`, 0 at padding.
             target_sizes: `(num_images, 2)`, rows and columns of patches in a strip.
             image_position_ids: `(num_images, num_patches, 2)`, column and row of each patch, -1 at padding.
+            image_sizes: `(num_images, 2)`, height and width of each picture in pixels, without what pads it.
             qformer_input_ids, qformer_attention_mask: `(num_images, length)`, the instruction for each picture, for a
                 projector that reads it.
             original_sizes: `(num_images, 2)`, height and width of each picture before it was cut into views; needed where
@@ -196,6 +198,7 @@ class AnyVlmModel(PreTrainedModel):
             "pixel_attention_mask": pixel_attention_mask,
             "target_sizes": target_sizes,
             "image_position_ids": image_position_ids,
+            "image_sizes": image_sizes,
         }
         processor_outputs = {key: value for key, value in processor_outputs.items() if value is not None}
         dimensions = (4, 5) if spec["inputs"] == "frames" else (4,)

@@ -79,6 +79,7 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
         pixel_attention_mask: torch.Tensor | None = None,
         target_sizes: torch.Tensor | None = None,
         image_position_ids: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
@@ -98,8 +99,8 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
                 labels, and with labels only where there is one, so that pictures and prompts cost no row of the
                 vocabulary's size.
             mm_encoder_outputs: `{"image": …}`, what `get_image_features` returned, in place of `pixel_values`.
-            image_grid_thw, spatial_shapes, pixel_attention_mask, target_sizes, image_position_ids: What the tower's
-                own image processor gives beside `pixel_values`, see `get_image_features`.
+            image_grid_thw, spatial_shapes, pixel_attention_mask, target_sizes, image_position_ids, image_sizes: What the
+                tower's own image processor gives beside `pixel_values`, see `get_image_features`.
             original_sizes: `(num_images, 2)`, height and width of each picture, where pictures are cut into views.
             token_type_ids: `(batch, sequence)`, for `image_attention="prefix"`: 0 in the prompt, 1 in the answer. Default:
                 the answer begins with the first label; without labels all is prompt.
@@ -134,6 +135,7 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
             pixel_attention_mask=pixel_attention_mask,
             target_sizes=target_sizes,
             image_position_ids=image_position_ids,
+            image_sizes=image_sizes,
             qformer_input_ids=qformer_input_ids,
             qformer_attention_mask=qformer_attention_mask,
             original_sizes=original_sizes,

@@ -38,7 +38,7 @@ class PictureInputs:
             inputs, `pixel_values` are plain pictures.
         optional: Arguments that a tower of this kind may lack.
         from_pictures: `(pictures (B, C, H, W), spec) -> {this module's name: tensor}`.
-        is_patches: Pictures are cut into patches before the tower.
+        is_patches: Pictures are cut into patches before the tower, or their size must be a multiple of its patches.
         any_size: Any multiple of the (merged) patches will do as the size of a picture.
         pixels: What towers of this kind call the pixels.
     """
@@ -59,6 +59,7 @@ PROCESSOR_KEYS = (
     "pixel_attention_mask",
     "target_sizes",
     "image_position_ids",
+    "image_sizes",
     *INSTRUCTION_KEYS,
 )
 
@@ -131,6 +132,13 @@ def _strip(pictures: torch.Tensor, spec: dict) -> dict[str, torch.Tensor]:
     return {"pixels": strip, "shapes": _patch_rows_and_columns(pictures, spec).int()}
 
 
+def _sized(pictures: torch.Tensor, spec: dict) -> dict[str, torch.Tensor]:
+    """Pictures as they are, with the height and width `(B, 2)` of each; others are padded below and to the right, and the
+    tower cuts that off (Pixtral, Agrawal et al. 2024)."""
+    sizes = torch.tensor(pictures.shape[-2:], device=pictures.device).expand(len(pictures), 2)
+    return {"pixels": pictures, "sizes": sizes}
+
+
 def _positioned(pictures: torch.Tensor, spec: dict) -> dict[str, torch.Tensor]:
     """Patches `(B, num_patches, size * size * C)`, each with its column and row `(B, num_patches, 2)` (Gemma 4)."""
     patches = cut_patches(pictures, spec["patch"]).permute(0, 1, 3, 4, 2).flatten(2)
@@ -196,6 +204,11 @@ PICTURE_INPUTS: dict[str, PictureInputs] = {
         arguments={"positions": ("pixel_position_ids", "image_position_ids")},
         from_processor={"positions": "image_position_ids"},
         from_pictures=_positioned,
+    ),
+    "sized_pictures": PictureInputs(
+        arguments={"sizes": ("image_sizes",)},
+        from_processor={"sizes": "image_sizes"},
+        from_pictures=_sized,
     ),
     "tiles": PictureInputs(
         arguments={"aspect_ratio_ids": ("aspect_ratio_ids",), "aspect_ratio_mask": ("aspect_ratio_mask",)},

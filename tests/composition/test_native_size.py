@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
     MiniCPMV4_6ImageProcessorPil,
+    PixtralImageProcessorPil,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
     Siglip2ImageProcessorPil,
@@ -39,6 +40,7 @@ TOWERS = {
         MiniCPMV4_6ImageProcessorPil(patch_size=8, scale_resolution=64, slice_mode=False),
         {"target_sizes": "target_sizes"},
     ),
+    "pixtral": (PixtralImageProcessorPil(patch_size=8, size={"longest_edge": 64}), {"image_sizes": "image_sizes"}),
 }
 
 
@@ -134,6 +136,11 @@ class TestDefaults:
         _, processor = compose(tiny_configs.vision_config("qwen2_5_vl_vision"))
         assert isinstance(processor.image_processor, Qwen2VLImageProcessorPil)
         assert processor.image_processor.patch_size == 8
+
+    def test_pictures_are_no_larger_than_the_tower_takes(self):
+        _, processor = compose(tiny_configs.vision_config("pixtral"))
+        assert isinstance(processor.image_processor, PixtralImageProcessorPil)
+        assert dict(processor.image_processor.size) == {"longest_edge": 32}
 
     def test_image_size_gives_every_picture_one_size(self):
         model, processor = compose(tiny_configs.vision_config("qwen2_5_vl_vision"), image_size=64)
