@@ -125,9 +125,12 @@ def _least_enlarged(height: int, width: int, tile: Size, most: int) -> Size:
 
 def _split(settings: dict, height: int, width: int) -> PictureViews:
     """Idefics3 and SmolVLM: the longest edge is brought to `longest_edge`, both edges to whole tiles, and the picture
-    cut; the whole picture, a tile in size, comes last (Laurençon et al. 2024). Tiles are square."""
+    cut; the whole picture, a tile in size, comes last (Laurençon et al. 2024). Tiles are square. With `cut` false there are
+    no tiles, and the whole picture is what it is then."""
     edge = settings["tile_size"][0]
     first = _with_longest_edge(height, width, settings["longest_edge"])
+    if not settings.get("cut", True):
+        return PictureViews((View((edge, edge), (first, (edge, edge))),))
     height, width = first
     if width >= height:
         wide = math.ceil(width / edge) * edge

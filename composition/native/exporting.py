@@ -19,8 +19,8 @@ from .weights import build_empty, language_model_rules, put_weights, translate
 
 @torch.no_grad()
 def to_native(
-    model: AnyVlmForConditionalGeneration, processor: AnyVlmProcessor
-) -> tuple[PreTrainedModel, ProcessorMixin]:
+    model: AnyVlmForConditionalGeneration, processor: AnyVlmProcessor | None
+) -> tuple[PreTrainedModel, ProcessorMixin | None]:
     """Make a model of ours one of transformers' own classes, so that whatever knows that class runs it.
 
     For imported models and for composed and trained ones alike: each family says which models its class can hold, and the
@@ -28,8 +28,13 @@ def to_native(
     afterwards, so go on with one of them. Before it is returned, the native model is run beside ours on a picture with a
     text.
 
+    Args:
+        model: As it is.
+        processor: Its processor; `None` for the model alone, which then is not run. (A few native processors need packages
+            that not everyone has.)
+
     Returns:
-        The native model, in eval mode, and its processor.
+        The native model, in eval mode, and its processor, if one was passed.
 
     Raises:
         CompositionError: no native class can hold it; the message says of each why.
@@ -50,8 +55,8 @@ def to_native(
 
 
 def _as_native(
-    family: NativeFamily, model: AnyVlmForConditionalGeneration, processor: AnyVlmProcessor
-) -> tuple[PreTrainedModel, ProcessorMixin]:
+    family: NativeFamily, model: AnyVlmForConditionalGeneration, processor: AnyVlmProcessor | None
+) -> tuple[PreTrainedModel, ProcessorMixin | None]:
     for part in (model.vision_tower, model.language_model):
         if getattr(part.config, "part_code", None) is not None:
             raise Misfit(f"{type(part).__name__} is code of its checkpoint, which a native class does not carry")
@@ -67,6 +72,8 @@ def _as_native(
         raise Misfit(f"it cannot be built from these parts ({type(error).__name__}: {error})") from error
     put_weights(native, translate(model, rules, NATIVE), family.model_class)
     native.generation_config = copy.deepcopy(model.generation_config)
+    if processor is None:
+        return native.eval(), None
     native_processor = processor_to_native(family, processor, native_config, model.config)
     try:
         compare_on_a_sample(native, native_processor, model, processor)
@@ -78,10 +85,20 @@ def _as_native(
 
 
 def processor_to_native(family: NativeFamily, processor: AnyVlmProcessor, native_config, config) -> ProcessorMixin:
-    """The native processor around copies of our image processor and tokenizer."""
-    return getattr(transformers, family.processor_class)(
-        image_processor=copy.deepcopy(processor.image_processor),
-        tokenizer=copy.deepcopy(processor.tokenizer),
-        chat_template=processor.chat_template,
+    """The native processor around copies of our image processor and tokenizer.
+
+    Raises:
+        CompositionError: transformers cannot make one here, for want of packages.
+    """
+    if missing := family.missing_packages():
+        raise CompositionError(
+            f"transformers makes a {family.processor_class} only where {' and '.join(missing)} are installed. Install them, "
+            "or call to_native(model, None) for the model alone"
+        )
+    arguments = {
+        "image_processor": copy.deepcopy(processor.image_processor),
+        "tokenizer": copy.deepcopy(processor.tokenizer),
+        "chat_template": processor.chat_template,
         **family.write_processor(processor, native_config, config),
-    )
+    }
+    return getattr(transformers, family.processor_class)(**arguments)

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from transformers import PreTrainedConfig, ProcessorMixin
@@ -31,12 +32,14 @@ class NativeFamily:
         write_config: Our config -> native config. Raises `Misfit` with the reason where the native class cannot be it.
         rules: Native config -> the rules for keys, see `keys.py`, those of the language model apart.
         read_processor: `(native processor, our config) -> arguments of AnyVlmProcessor` beyond image processor,
-            tokenizer and chat template, which are handed over.
+            tokenizer and chat template, which are handed over unless they are among them, and `image_views`.
         write_processor: `(our processor, native config, our config) -> arguments of the native processor`, likewise.
+        read_views: `(native config, native processor) -> image_views`, where the processor decides how pictures are cut.
         adjust_spec: `(native config, measured vision_tower_spec) -> vision_tower_spec`, where the native class reads
             the tower otherwise than the probe would (a quirk: say why).
         base_prefix, head_prefix: Where the native model has the language model's base and its head.
         causal_prefix: Where it has the whole causal language model, if it does; then those two are not read.
+        processor_needs: Packages without which transformers cannot make its processor.
         plain_logits: Whether its logits are the head's output as it is, without the scales or caps that the causal
             language model of the same config may have.
     """
@@ -49,11 +52,17 @@ class NativeFamily:
     rules: Callable[[PreTrainedConfig], Sequence[Rule]]
     read_processor: Callable[[ProcessorMixin, AnyVlmConfig], dict[str, Any]]
     write_processor: Callable[[AnyVlmProcessor, PreTrainedConfig, AnyVlmConfig], dict[str, Any]]
+    read_views: Callable[[PreTrainedConfig, ProcessorMixin], dict | None] | None = None
     adjust_spec: Callable[[PreTrainedConfig, dict[str, Any]], dict[str, Any]] = lambda native_config, spec: spec
     base_prefix: str = "model.language_model."
     head_prefix: str = "lm_head."
     causal_prefix: str | None = None
+    processor_needs: tuple[str, ...] = ()
     plain_logits: bool = True
+
+    def missing_packages(self) -> list[str]:
+        """Those that its processor needs and that are not installed."""
+        return [name for name in self.processor_needs if find_spec(name) is None]
 
 
 def text_part(native_config: PreTrainedConfig) -> PreTrainedConfig:
@@ -70,14 +79,21 @@ def require(*conditions: tuple[bool, str]) -> None:
         raise Misfit("; ".join(broken))
 
 
-def plain_embedding(config: AnyVlmConfig) -> list[tuple[bool, str]]:
-    """Conditions of every class that puts one picture of one size into the text, as text."""
-    image_views = getattr(config, "image_views", None)
+def embedded_as_text(config: AnyVlmConfig) -> list[tuple[bool, str]]:
+    """Conditions of every class that puts pictures into the text, as text."""
     return [
         (config.fusion == "embed", f"fusion is {config.fusion!r}, not 'embed'"),
         (config.image_attention == "causal", f"image_attention is {config.image_attention!r}, not 'causal'"),
+    ]
+
+
+def plain_embedding(config: AnyVlmConfig) -> list[tuple[bool, str]]:
+    """Conditions of every class that puts one picture of one size into the text, as text."""
+    image_views = config.image_views
+    return [
+        *embedded_as_text(config),
         (
-            image_views is None or image_views.get("type") == "resize",
-            f"a picture becomes several views ({image_views and image_views.get('type')!r})",
+            image_views is None or image_views["type"] == "resize",
+            f"a picture becomes several views ({image_views and image_views['type']!r})",
         ),
     ]

@@ -48,6 +48,8 @@ def from_native(
     family = family_of(model.config.model_type)
     _check_whole(model, family)
     pieces = family.read_config(model.config)
+    if family.read_views is not None:
+        pieces["image_views"] = family.read_views(model.config, processor)
     for key in ("vision_config", "text_config"):
         _as_in(pieces[key], getattr(model.config, key))
     if family.plain_logits:
@@ -119,14 +121,16 @@ def our_config(
 
 def processor_from_native(family: NativeFamily, processor: ProcessorMixin, config: AnyVlmConfig) -> AnyVlmProcessor:
     """Our processor around the native one's image processor and tokenizer, copies of which it takes."""
-    return AnyVlmProcessor(
-        image_processor=copy.deepcopy(processor.image_processor),
-        tokenizer=copy.deepcopy(processor.tokenizer),
-        chat_template=processor.chat_template,
-        vision_tower_spec=config.vision_tower_spec,
-        projector_config=config.projector_config,
+    arguments = {
+        "image_processor": copy.deepcopy(processor.image_processor),
+        "tokenizer": copy.deepcopy(processor.tokenizer),
+        "chat_template": processor.chat_template,
+        "vision_tower_spec": config.vision_tower_spec,
+        "projector_config": config.projector_config,
+        "image_views": config.image_views,
         **family.read_processor(processor, config),
-    )
+    }
+    return AnyVlmProcessor(**arguments)
 
 
 def picture_size(pieces: dict, processor: ProcessorMixin) -> tuple[int, int]:
