@@ -12,6 +12,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from ..modeling.image_positions import NUM_AXES
 from ..modeling.language_models import LanguageModelInterface, default_position_ids
 from .errors import CompositionError
 from .running import in_mode
@@ -56,6 +57,7 @@ def probe_language_model(language_model: PreTrainedModel) -> dict:
                 f"step is not what it was trained on; {_NEAREST}"
             )
         spec = {"position_offset": probe.position_offset()}
+        spec["position_axes"] = probe.position_axes(spec)
         spec["embedding_scale"] = probe.embedding_scale(spec)
         spec |= probe.padding(spec)
         spec["own_loss"] = probe.loss_is_shifted_cross_entropy(spec)
@@ -141,6 +143,25 @@ class _Probe:
             if self.agrees(self.run(interface, self.input_ids), self.expected, _SAME_SHAPES):
                 return offset
         return None
+
+    def position_axes(self, spec: dict) -> int:
+        """3 where positions `(3, batch, sequence)` are taken, equal ones are the usual ones, and each axis matters."""
+        if spec["position_offset"] is None:
+            return 1
+        interface = LanguageModelInterface(self.language_model, spec)
+        usual = torch.arange(_LENGTH, device=self.device).expand(NUM_AXES, 1, -1)
+        try:
+            equal = self.run(interface, self.input_ids, position_ids=usual)
+            if equal.shape != self.expected.shape or not self.agrees(equal, self.expected, _SAME_SHAPES):
+                return 1
+            for axis in range(NUM_AXES):
+                moved = usual.clone()
+                moved[axis, :, 1:] *= 2
+                if torch.equal(self.run(interface, self.input_ids, position_ids=moved), equal):
+                    return 1
+        except Exception:  # noqa: BLE001 - positions of another shape than it takes fail in any way
+            return 1
+        return NUM_AXES
 
     def embedding_scale(self, spec: dict) -> float:
         """1, or the factor that the model puts on the embeddings of ids only (falcon_h1).

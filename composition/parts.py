@@ -261,6 +261,9 @@ def _text_part(composite: PreTrainedModel) -> PreTrainedModel:
             f"{type(composite).__name__} lacks {', '.join(left_out[:5])} of {type(language_model).__name__}. Pass the "
             "language model itself."
         )
+    # The config of the whole says it for both, and that of the text part may not know the word (qwen2_vl).
+    head, embeddings = language_model.get_output_embeddings(), language_model.get_input_embeddings()
+    language_model.config.tie_word_embeddings = head.weight is embeddings.weight
     language_model.generation_config = composite.generation_config
     return language_model.eval()
 

@@ -1,11 +1,12 @@
 """A vision tower, a projector and a causal language model, as one transformers model without a loss."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
@@ -14,7 +15,8 @@ from ..configuration.image_tokens import image_grids
 from ..configuration.image_views import has_newline, has_several_views
 from ..configuration.instructions import instruction_arguments
 from .fused_vision_towers import build_vision_part
-from .image_attention import attention_blocks, block_attention_masks
+from .image_attention import image_attention_masks
+from .image_positions import positions_on_axes
 from .language_models import (
     LanguageModelInterface,
     base_language_model,
@@ -28,6 +30,17 @@ from .picture_inputs import IMAGE_INPUTS
 from .projectors import build_projector
 from .view_joining import check_views, join_views
 from .vision_towers import call_vision_tower, graph_if_trained, read_features
+
+
+@dataclass
+class AnyVlmImageFeatures(BaseModelOutputWithPooling):
+    """What `get_image_features` returns.
+
+    Args:
+        token_grids: Rows and columns of each picture's tokens; `None` for a picture whose tokens are no grid.
+    """
+
+    token_grids: list[tuple[int, int] | None] | None = None
 
 
 class AnyVlmModel(PreTrainedModel):
@@ -163,7 +176,7 @@ class AnyVlmModel(PreTrainedModel):
         qformer_attention_mask: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPooling:
+    ) -> AnyVlmImageFeatures:
         """Features and projected tokens of pictures.
 
         A tower none of whose parameters require a gradient is frozen: it runs in `eval()` and without a graph.
@@ -186,7 +199,7 @@ class AnyVlmModel(PreTrainedModel):
         Returns:
             `last_hidden_state`: the tower's features `(num_images, num_features, hidden_size)`, or
             `(all features, hidden_size)` of pictures of several sizes; `pooler_output`: a list with the tokens
-            `(num_tokens, embedding width)` of each picture.
+            `(num_tokens, embedding width)` of each picture; `token_grids`: a list with the rows and columns of these.
 
         Raises:
             ValueError: pictures of another size or shape than the tower was composed for.
@@ -232,9 +245,13 @@ class AnyVlmModel(PreTrainedModel):
         if cut:
             newline = self.image_newline if has_newline(self.config.image_views) else None
             tokens = join_views(tokens, token_grids, self.config.image_views, plans, original_sizes.tolist(), newline)
+            # A picture of several views, joined, is no grid.
+            token_grids = [None] * len(tokens)
         one_size = len(set(grids)) == 1
-        return BaseModelOutputWithPooling(
-            last_hidden_state=torch.stack(features) if one_size else torch.cat(features), pooler_output=tokens
+        return AnyVlmImageFeatures(
+            last_hidden_state=torch.stack(features) if one_size else torch.cat(features),
+            pooler_output=tokens,
+            token_grids=token_grids,
         )
 
     def _project(
@@ -254,19 +271,19 @@ class AnyVlmModel(PreTrainedModel):
                 tokens[index], token_grids[index] = sample, projected_grid
         return tokens, token_grids
 
-    def _image_tokens(
+    def _encoded_pictures(
         self,
         pixel_values: torch.Tensor | None,
         mm_encoder_outputs: dict[str, Any] | None,
         processor_outputs: dict[str, torch.Tensor],
-    ) -> list[torch.Tensor] | None:
-        """The tokens `(num_tokens, width)` of each picture of the batch, in order, or `None` without pictures."""
+    ) -> BaseModelOutputWithPooling | None:
+        """What `get_image_features` returns for the pictures of the batch, in order, or `None` without pictures."""
         encoded = (mm_encoder_outputs or {}).get("image")
         if encoded is not None and pixel_values is not None:
             raise ValueError("Pass pixel_values or mm_encoder_outputs['image'], not both.")
         if encoded is None and pixel_values is not None:
             encoded = self.get_image_features(pixel_values, **processor_outputs, return_dict=True)
-        return None if encoded is None else list(encoded.pooler_output)
+        return encoded
 
     def _image_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Boolean `(batch, sequence)`, true where an image token stands."""
@@ -295,8 +312,9 @@ class AnyVlmModel(PreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         processor_outputs = {key: kwargs.pop(key) for key in IMAGE_INPUTS if key in kwargs}
-        pictures = self._image_tokens(pixel_values, mm_encoder_outputs, processor_outputs)
-        image_tokens = None if pictures is None else torch.cat(pictures)
+        encoded = self._encoded_pictures(pixel_values, mm_encoder_outputs, processor_outputs)
+        picture_lengths = [] if encoded is None else [len(tokens) for tokens in encoded.pooler_output]
+        image_tokens = None if encoded is None else torch.cat(list(encoded.pooler_output))
         sequence = input_ids if inputs_embeds is None else inputs_embeds
         batch_size, sequence_length = sequence.shape[:2]
         extra, image_mask = {}, None
@@ -328,15 +346,22 @@ class AnyVlmModel(PreTrainedModel):
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = default_position_ids(attention_mask, past_length, sequence_length, sequence.device)
         if self.config.image_attention != "causal":
-            attention_mask = self._attention_masks(
-                sequence if inputs_embeds is None else inputs_embeds,
+            attention_mask = image_attention_masks(
+                self.language_model,
+                self.config.image_attention,
+                sequence.shape[:2],
                 attention_mask,
                 position_ids,
                 past_key_values,
                 image_mask,
-                [len(tokens) for tokens in pictures or []],
+                picture_lengths,
                 kwargs.pop("token_type_ids", None),
             )
+        if self.language_model_interface.spec["position_axes"] > 1:
+            if past_key_values is None and image_mask is not None and not self.training and kwargs.get("use_cache"):
+                past_key_values = DynamicCache(config=self.language_model.config)
+            grids = None if encoded is None else encoded.get("token_grids")
+            position_ids = positions_on_axes(position_ids, past_key_values, image_mask, grids, picture_lengths)
         arguments = self.language_model_interface.arguments(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
@@ -347,39 +372,6 @@ class AnyVlmModel(PreTrainedModel):
             **kwargs,
         )
         return arguments, image_tokens
-
-    def _attention_masks(
-        self,
-        sequence: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor,
-        past_key_values: Cache | None,
-        image_mask: torch.Tensor | None,
-        picture_lengths: list[int],
-        token_type_ids: torch.Tensor | None,
-    ) -> Any:
-        """The mask that `image_attention` asks for; `attention_mask` itself where nothing but the past is seen.
-
-        Args:
-            sequence: What the language model gets, ids `(batch, sequence)` or embeddings `(batch, sequence, width)`.
-        """
-        image_attention, (batch_size, sequence_length) = self.config.image_attention, sequence.shape[:2]
-        past_length = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
-        blocks = attention_blocks(
-            image_attention,
-            image_mask,
-            picture_lengths,
-            token_type_ids,
-            (batch_size, sequence_length),
-            past_length,
-            sequence.device,
-        )
-        if blocks is None:
-            return attention_mask
-        inputs = torch.empty(batch_size, sequence_length, 0, dtype=self.language_model.dtype, device=sequence.device)
-        return block_attention_masks(
-            self.language_model.config, image_attention, inputs, attention_mask, position_ids, past_key_values, blocks
-        )
 
     @can_return_tuple
     def forward(

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import (
     LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING,
@@ -33,6 +33,33 @@ from transformers.masking_utils import (
 
 #: Attention implementations that are given a mask for each pair of tokens. Flash attention is not.
 _WITH_PAIRS = ("eager", "sdpa", "flex_attention")
+
+
+def image_attention_masks(
+    language_model: PreTrainedModel,
+    image_attention: str,
+    shape: tuple[int, int],
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor,
+    past_key_values: Cache | None,
+    image_mask: torch.Tensor | None,
+    picture_lengths: list[int],
+    token_type_ids: torch.Tensor | None,
+) -> Any:
+    """What the language model gets as its mask; `attention_mask` itself where nothing but the past is seen.
+
+    Args:
+        shape: `(batch, sequence)` of what it is called with; the other arguments are explained below.
+    """
+    past_length = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+    device = position_ids.device
+    blocks = attention_blocks(image_attention, image_mask, picture_lengths, token_type_ids, shape, past_length, device)
+    if blocks is None:
+        return attention_mask
+    inputs = torch.empty(*shape, 0, dtype=language_model.dtype, device=device)
+    return block_attention_masks(
+        language_model.config, image_attention, inputs, attention_mask, position_ids, past_key_values, blocks
+    )
 
 
 def answer_token_types(labels: torch.Tensor) -> torch.Tensor:

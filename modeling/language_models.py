@@ -9,6 +9,7 @@ read here from `language_model_spec`:
 | `embedding_scale` | factor it puts on the embeddings of ids, and leaves to the caller for `inputs_embeds` | 1 |
 | `left_padding`, `right_padding` | whether padding on that side leaves a sample's logits as they are | true |
 | `use_cache` | whether decoding with its cache gives what a whole forward pass gives | true |
+| `position_axes` | numbers that the position of a token has: 3 with multi-axis rotary positions (`image_positions.py`) | 1 |
 | `own_loss` | whether its loss is the shifted cross-entropy of causal LMs (with auxiliary losses or without) | true |
 """
 
@@ -21,10 +22,12 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .parts import own_model_class
+from .text_models import TextModelForCausalLM, text_model_class
 
 
 DEFAULT_SPEC = {
     "position_offset": 0,
+    "position_axes": 1,
     "embedding_scale": 1.0,
     "left_padding": True,
     "right_padding": True,
@@ -37,7 +40,8 @@ def causal_lm_class(text_config: PreTrainedConfig) -> type[PreTrainedModel] | No
     """The causal LM that is built from this config, or `None`.
 
     Some families list only their composite config with `AutoModelForCausalLM` (mllama, emu3); the class that takes
-    their text config stands beside the composite's.
+    their text config stands beside the composite's. Others have no causal LM of their text model at all (qwen2_vl), which
+    is given a head here.
     """
     if type(text_config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]
@@ -47,7 +51,7 @@ def causal_lm_class(text_config: PreTrainedConfig) -> type[PreTrainedModel] | No
             model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
             if model_class.config_class is type(text_config):
                 return model_class
-    return None
+    return None if text_model_class(text_config) is None else TextModelForCausalLM
 
 
 def build_language_model(text_config: PreTrainedConfig, **kwargs) -> PreTrainedModel:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .base_model import AnyVlmModel
@@ -194,6 +195,17 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
                 is_answer = torch.arange(sequence.shape[1], device=sequence.device) >= prompt_length
                 model_inputs["token_type_ids"] = is_answer.long().expand(sequence.shape[:2])
         return model_inputs
+
+    def _expand_multimodal_outputs(self, input_ids, mm_encoder_output: dict, *args, **kwargs) -> dict:
+        """As transformers', which repeats a sample's pictures for its beams; their grids go along."""
+        encoded = mm_encoder_output.get("image")
+        grids = None if encoded is None else encoded.get("token_grids")
+        if grids is not None:
+            numbers = [torch.full((len(tokens), 1), index) for index, tokens in enumerate(encoded.pooler_output)]
+            numbered = {"image": BaseModelOutputWithPooling(pooler_output=numbers)}
+            order = super()._expand_multimodal_outputs(input_ids, numbered, *args, **kwargs)["image"].pooler_output
+            encoded.token_grids = [grids[int(number[0])] for number in order]
+        return super()._expand_multimodal_outputs(input_ids, mm_encoder_output, *args, **kwargs)
 
     def _prepare_cache_for_generation(self, *args, **kwargs) -> None:
         """The kind of cache is the language model's choice (state-space models have one of their own)."""
