@@ -9,9 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, LlamaConfig, ViTConfig, ViTImageProcessor
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    LlamaConfig,
+    LlavaForConditionalGeneration,
+    ViTConfig,
+    ViTImageProcessor,
+)
 
 from anyvlm import CompositionError, cli
+from anyvlm.compatibility.native_cases import native_cases
+from anyvlm.compatibility.native_checks import build_native
 from anyvlm.demo.parts import small_tokenizer
 
 
@@ -45,7 +55,7 @@ def picture(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("command", ["compose", "generate", "demo", "check"])
+@pytest.mark.parametrize("command", ["compose", "convert", "generate", "demo", "check"])
 def test_every_command_has_help_with_an_example(capsys, command):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
@@ -55,7 +65,7 @@ def test_every_command_has_help_with_an_example(capsys, command):
 
 def test_help_lists_the_commands_and_no_arguments_give_help(capsys):
     code, out, _ = run(capsys, "--help")
-    assert code == 0 and all(command in out for command in ("compose", "generate", "demo", "check"))
+    assert code == 0 and all(command in out for command in ("compose", "convert", "generate", "demo", "check"))
     _, out, err = run(capsys)
     assert "compose" in out + err and "Traceback" not in out + err
 
@@ -262,3 +272,29 @@ def test_the_demo_takes_a_pretrained_part(capsys, parts, tmp_path):
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert results["requested_parts"]["text"] == str(language_model)
     assert results["model"]["parts"]["language model"]["trained"] is True
+
+
+def test_convert_takes_a_native_checkpoint_there_and_back(capsys, tmp_path):
+    model, processor = build_native(native_cases("llava")[0], seed=0, tied=False)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "llava")
+    code, out, _ = run(capsys, "convert", tmp_path / "llava", tmp_path / "ours", "--shard-size", "50KB")
+    assert code == 0 and "AnyVlmForConditionalGeneration" in out
+    assert len(list((tmp_path / "ours").glob("model-*.safetensors"))) > 1
+    code, out, _ = run(capsys, "convert", tmp_path / "ours", tmp_path / "back", "--to-native")
+    assert code == 0 and "LlavaForConditionalGeneration" in out
+    back = LlavaForConditionalGeneration.from_pretrained(tmp_path / "back").state_dict()
+    assert all(torch.equal(tensor, back[key]) for key, tensor in model.state_dict().items())
+
+
+def test_convert_says_in_one_line_what_it_cannot_do(capsys, parts, tmp_path):
+    tower, language_model = parts
+    code, _, err = run(capsys, "convert", language_model, tmp_path / "ours")
+    assert code == 1 and "'llama' is no family" in err and "llava" in err and err.count("\n") == 1
+    code, _, err = run(capsys, "convert", tower, tmp_path / "ours", "--to-native")
+    assert code == 1 and "not one of anyvlm" in err
+    code, _, err = run(capsys, "convert", tower, tmp_path / "ours", "--shard-size", "much")
+    assert code == 2 and "'much' is not a size" in err
+    code, _, err = run(capsys, "convert", tower, tower)
+    assert code == 1 and "not empty" in err
+    assert not (tmp_path / "ours").exists()

@@ -1,11 +1,13 @@
 """From a model of ours to the native class of transformers that is the same, where there is one."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 import transformers
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
+from ...configuration.configuration_anyvlm import AnyVlmConfig
 from ...modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
 from ...processing.processing_anyvlm import AnyVlmProcessor
 from ..errors import CompositionError
@@ -39,37 +41,74 @@ def to_native(
     Raises:
         CompositionError: no native class can hold it; the message says of each why.
     """
-    origin = ((model.config.composed_from or {}).get("native") or {}).get("model_type")
-    families = sorted(native_families(), key=lambda family: family.model_type != origin)
     reasons = []
-    for family in families:
+    for family in families_for(model.config):
         try:
             return _as_native(family, model, processor)
         except CompositionError as error:
             reasons.append(f"{family.model_class}: {error}")
-    raise CompositionError(
+    raise no_family(reasons)
+
+
+def families_for(config: AnyVlmConfig) -> list[NativeFamily]:
+    """All families, the one that a model was imported from first."""
+    origin = ((config.composed_from or {}).get("native") or {}).get("model_type")
+    return sorted(native_families(), key=lambda family: family.model_type != origin)
+
+
+def no_family(reasons: list[str]) -> CompositionError:
+    """The refusal when no family is left, with each one's reason."""
+    return CompositionError(
         "No class of transformers can hold this model. "
         + "; ".join(reason.rstrip(".") for reason in reasons)
         + ". The model runs wherever trust_remote_code=True is allowed."
     )
 
 
-def _as_native(
-    family: NativeFamily, model: AnyVlmForConditionalGeneration, processor: AnyVlmProcessor | None
-) -> tuple[PreTrainedModel, ProcessorMixin | None]:
+def native_config_of(family: NativeFamily, model: AnyVlmForConditionalGeneration) -> PreTrainedConfig:
+    """The native config by the family's own conditions.
+
+    Raises:
+        Misfit: the class cannot be this model, as far as configs tell.
+    """
     for part in (model.vision_tower, model.language_model):
         if getattr(part.config, "part_code", None) is not None:
             raise Misfit(f"{type(part).__name__} is code of its checkpoint, which a native class does not carry")
     native_config = family.write_config(model.config)
     native_config.dtype = model.dtype
-    if family.plain_logits and not are_plain(model.language_model):
-        raise Misfit(f"it does not scale or cap logits as {type(model.language_model).__name__} does")
-    native_class = getattr(transformers, family.model_class)
-    rules = [*family.rules(native_config), *language_model_rules(family, model.language_model)]
+    return native_config
+
+
+def require_plain_logits(family: NativeFamily, language_model: PreTrainedModel) -> None:
+    if family.plain_logits and not are_plain(language_model):
+        raise Misfit(f"it does not scale or cap logits as {type(language_model).__name__} does")
+
+
+def build_native(
+    family: NativeFamily, native_config: PreTrainedConfig, build: Callable[[type[PreTrainedModel]], PreTrainedModel]
+) -> PreTrainedModel:
+    """What `build` makes of the family's class.
+
+    Raises:
+        Misfit: it makes nothing.
+    """
     try:
-        native = build_empty(lambda: native_class._from_config(native_config, dtype=model.dtype))
+        return build(getattr(transformers, family.model_class))
     except Exception as error:  # noqa: BLE001 - whatever a class of transformers says about parts it does not fit
         raise Misfit(f"it cannot be built from these parts ({type(error).__name__}: {error})") from error
+
+
+def _as_native(
+    family: NativeFamily, model: AnyVlmForConditionalGeneration, processor: AnyVlmProcessor | None
+) -> tuple[PreTrainedModel, ProcessorMixin | None]:
+    native_config = native_config_of(family, model)
+    require_plain_logits(family, model.language_model)
+    native = build_native(
+        family,
+        native_config,
+        lambda native_class: build_empty(lambda: native_class._from_config(native_config, dtype=model.dtype)),
+    )
+    rules = [*family.rules(native_config), *language_model_rules(family, model.language_model)]
     put_weights(native, translate(model, rules, NATIVE), family.model_class)
     native.generation_config = copy.deepcopy(model.generation_config)
     if processor is None:
@@ -84,7 +123,9 @@ def _as_native(
     return native, native_processor
 
 
-def processor_to_native(family: NativeFamily, processor: AnyVlmProcessor, native_config, config) -> ProcessorMixin:
+def processor_to_native(
+    family: NativeFamily, processor: AnyVlmProcessor, native_config: PreTrainedConfig, config: AnyVlmConfig
+) -> ProcessorMixin:
     """The native processor around copies of our image processor and tokenizer.
 
     Raises:

@@ -1,6 +1,7 @@
 """From a model of a native class of transformers to one of ours, around the same tensors."""
 
 import copy
+from typing import Any
 
 import torch
 import transformers
@@ -47,16 +48,10 @@ def from_native(
     """
     family = family_of(model.config.model_type)
     _check_whole(model, family)
-    pieces = family.read_config(model.config)
-    if family.read_views is not None:
-        pieces["image_views"] = family.read_views(model.config, processor)
-    for key in ("vision_config", "text_config"):
-        _as_in(pieces[key], getattr(model.config, key))
-    if family.plain_logits:
-        remove_scales(pieces["text_config"])
+    pieces = read_pieces(family, model.config, processor, model.dtype)
     size = picture_size(pieces, processor)
     vision_tower = build_empty(lambda: build_vision_tower(pieces["vision_config"]))
-    language_model = build_empty(lambda: build_language_model(pieces["text_config"], dtype=model.dtype))
+    language_model = build_empty(lambda: build_language_model(pieces["text_config"]))
     rules = [*family.rules(model.config), *language_model_rules(family, language_model)]
     tensors = translate(model, rules, OURS)
     put_weights(vision_tower, tensors.part("vision_tower."), "the vision tower")
@@ -86,6 +81,22 @@ def from_native(
     our_processor = processor_from_native(family, processor, config)
     compare_on_a_sample(model, processor, ours.eval(), our_processor)
     return ours, our_processor
+
+
+def read_pieces(
+    family: NativeFamily, native_config: PreTrainedConfig, processor: ProcessorMixin, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What the family reads from the native config and processor, the parts' configs as the native model has them."""
+    pieces = family.read_config(native_config)
+    if family.read_views is not None:
+        pieces["image_views"] = family.read_views(native_config, processor)
+    for key in ("vision_config", "text_config"):
+        # Attention is computed as in the native model.
+        pieces[key]._attn_implementation = getattr(native_config, key)._attn_implementation
+        pieces[key].dtype = dtype
+    if family.plain_logits:
+        remove_scales(pieces["text_config"])
+    return pieces
 
 
 def our_config(
@@ -164,8 +175,3 @@ def _check_whole(model: PreTrainedModel, family: NativeFamily) -> None:
             "The model is spread over several devices. Load it on one (without device_map), or convert the checkpoint "
             "itself, which takes the memory of one of its files: anyvlm convert SRC DST."
         )
-
-
-def _as_in(config: PreTrainedConfig, native: PreTrainedConfig) -> None:
-    """Let a part compute attention as it did in the native model."""
-    config._attn_implementation = native._attn_implementation
