@@ -115,7 +115,7 @@ def _check_one(case: NativeCase, native, native_processor, where: str, result: C
             result.processor = False
             result.problems.append(f"the processors' outputs differ ({place})")
             continue
-        difference = _difference(native, expected, ours, found)
+        difference = _difference(native, case.oracle_inputs(expected), ours, found)
         result.differences[kind] = max(difference, result.differences.get(kind, 0.0))
         if not difference <= TOLERANCE:
             result.problems.append(f"logits differ by {difference:.3g} ({place})")

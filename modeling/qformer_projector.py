@@ -68,13 +68,15 @@ class QFormerProjector(nn.Module):
             }
         elif self.reads_text:
             arguments = {"input_ids": None}
+        # BLIP-2's checkpoints keep the Q-Former in fp32.
         outputs = self.qformer(
             query_embeds=self.query_tokens.expand(len(features), -1, -1),
-            encoder_hidden_states=features,
+            encoder_hidden_states=features.to(self.qformer.dtype),
             return_dict=True,
             **arguments,
         )
-        return self.language_projection(outputs.last_hidden_state[:, :num_queries]), (1, num_queries)
+        seen = outputs.last_hidden_state[:, :num_queries].to(self.language_projection.weight.dtype)
+        return self.language_projection(seen), (1, num_queries)
 
 
 def _build_qformer(qformer_config: dict, in_features: int, reads_text: bool) -> PreTrainedModel:

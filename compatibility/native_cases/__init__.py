@@ -18,6 +18,10 @@ def _flat_pixel_values(inputs: BatchFeature) -> torch.Tensor:
     return inputs["pixel_values"]
 
 
+def _as_they_are(inputs: BatchFeature) -> BatchFeature:
+    return inputs
+
+
 @dataclass(frozen=True)
 class NativeCase:
     """Tiny models of a family.
@@ -31,6 +35,8 @@ class NativeCase:
         ties: Values of `tied` that the family has.
         pixel_values: What the native processor makes -> views as our model takes them, flat and without padding; where
             the native processor hands them on in another form.
+        oracle_inputs: What the native processor makes -> what the native model's `forward` is called with; where it would
+            not compute what its own `generate` does.
         note: What the table says beside the numbers.
     """
 
@@ -41,6 +47,7 @@ class NativeCase:
     max_images: int = 3
     ties: tuple[bool, ...] = (False, True)
     pixel_values: Callable[[BatchFeature], torch.Tensor] = _flat_pixel_values
+    oracle_inputs: Callable[[BatchFeature], BatchFeature] = _as_they_are
     note: str = ""
 
     def __str__(self) -> str:

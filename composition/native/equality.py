@@ -18,10 +18,13 @@ def sample_picture(height: int = 96, width: int = 64, seed: int = 0) -> Image.Im
     return Image.fromarray(pixels)
 
 
-def prompt(processor: ProcessorMixin, num_images: int, words: str = "What is in the picture?") -> str:
-    """A user's message with pictures, as the processor's chat template writes it; without one, placeholders and words."""
+def prompt(
+    processor: ProcessorMixin, num_images: int, words: str = "What is in the picture?", placeholders: bool = True
+) -> str:
+    """A user's message with pictures, as the processor's chat template writes it; without one, words behind placeholders,
+    if the text has any."""
     if processor.chat_template is None:
-        return processor.image_token * num_images + "\n" + words
+        return (str(processor.image_token) * num_images + "\n" if placeholders else "") + words
     content = [*({"type": "image"} for _ in range(num_images)), {"type": "text", "text": words}]
     return processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
@@ -48,7 +51,7 @@ def compare_on_a_sample(
         CompositionError: the processors make other ids, or the models' logits differ by more than `TOLERANCE`.
     """
     picture, names = sample_picture(), f"{type(native).__name__} and {type(ours).__name__}"
-    text = prompt(native_processor, 1)
+    text = prompt(native_processor, 1, placeholders=not processor.pictures_first)
     native_inputs = native_processor(text=[text], images=[[picture]], return_tensors="pt")
     inputs = processor(text=[text], images=[[picture]], return_tensors="pt")
     if not torch.equal(native_inputs["input_ids"], inputs["input_ids"]):

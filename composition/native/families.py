@@ -8,7 +8,13 @@ from .family import NativeFamily
 
 
 #: Modules of this package; each has its families in a tuple `FAMILIES`. A simpler class comes before a richer one.
-_MODULES = ("llava", "internvl", "cohere_vision", "idefics3")
+_MODULES = (
+    "llava",
+    "internvl",
+    "cohere_vision",
+    "idefics3",
+    "blip_2",
+)
 
 
 @cache
