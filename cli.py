@@ -213,15 +213,25 @@ def generate(
         list[Path] | None,
         typer.Option("--image", "-i", exists=True, dir_okay=False, help="A picture; repeat for several, in order."),
     ] = None,
+    video: Annotated[
+        list[Path] | None,
+        typer.Option("--video", "-v", exists=True, dir_okay=False, help="A video file; repeat for several, in order."),
+    ] = None,
+    num_frames: Annotated[
+        int | None, typer.Option(min=1, help="Frames of each video to look at. Default: the checkpoint's own.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
     trust_remote_code: TrustOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Ask a composed model about pictures, and print its answer.
+    """Ask a composed model about pictures and videos, and print its answer.
 
-    The answer is the most probable one (no sampling). Pictures come first in the message, in their order.
+    The answer is the most probable one (no sampling). Pictures come first in the message, in their order, then videos,
+    then the prompt. Reading videos needs PyAV: pip install 'anyvlm[video]'.
 
     Example: anyvlm generate out/demo/checkpoint --image digit.png --prompt "Which digit is this?"
+
+    Example: anyvlm generate my-vlm --video clip.mp4 --num-frames 16 --prompt "What happens?"
     """
     _calm_transformers()
     import torch
@@ -239,8 +249,9 @@ def generate(
         model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=trust_remote_code).to(device)
         processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
 
-    pictures = [str(path) for path in image or []]
-    content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": prompt}]
+    pictures, videos = ([str(path) for path in paths or []] for paths in (image, video))
+    content = [{"type": "image"}] * len(pictures) + [{"type": "video"}] * len(videos)
+    content.append({"type": "text", "text": prompt})
     text = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
     )
@@ -248,6 +259,8 @@ def generate(
     inputs = processor(
         text=[text],
         images=[pictures] if pictures else None,
+        videos=[videos] if videos else None,
+        **({} if num_frames is None else {"num_frames": num_frames}),
         # Most chat templates write the bos themselves; a second one would be another prompt.
         add_special_tokens=not (bos and text.startswith(bos)),
         return_tensors="pt",

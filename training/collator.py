@@ -1,4 +1,4 @@
-"""Batches for `Trainer` from conversations with pictures; only the assistant's words are supervised."""
+"""Batches for `Trainer` from conversations with pictures and videos; only the assistant's words are supervised."""
 
 import bisect
 import re
@@ -18,7 +18,8 @@ class AnyVlmDataCollator:
     A sample is a dict with `messages`, as in TRL and `datasets`: a list of `{"role": …, "content": …}` whose content
     is a string, or a list of `{"type": "text", "text": …}` and `{"type": "image"}`; pictures stand in the content
     (`{"type": "image", "image": …}`) or in order in the sample's `images`. A sample whose messages place no picture
-    has its `images` put in front of the first user message.
+    has its `images` put in front of the first user message. Likewise for `video` and `videos`; a video in a sample is one
+    of the forms that `processor` takes, and a sample with one video has it in a list.
 
     Args:
         processor: The model's processor.
@@ -36,13 +37,14 @@ class AnyVlmDataCollator:
     padding_side: str = "right"
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        texts, spans, pictures = [], [], []
+        texts, spans, pictures, videos = [], [], [], []
         for sample in samples:
-            messages, images = place_images(sample)
+            messages, of_sample = place_media(sample)
             text, assistant_spans = render_with_assistant_spans(self.processor, messages)
             texts.append(text)
             spans.append(assistant_spans)
-            pictures.append(images)
+            pictures.append(of_sample["image"])
+            videos.append(of_sample["video"])
         # A projector that reads the text beside the picture must not read the answer.
         prompts = [text[: parts[0][0] if parts else None] for text, parts in zip(texts, spans)]
         reads = self.processor.qformer_tokenizer is not None
@@ -50,6 +52,7 @@ class AnyVlmDataCollator:
         batch = self.processor(
             text=texts,
             images=pictures if any(pictures) else None,
+            videos=videos if any(videos) else None,
             add_special_tokens=not (bos and texts[0].startswith(bos)),
             padding=True,
             padding_side=self.padding_side,
@@ -82,36 +85,49 @@ class AnyVlmDataCollator:
             )
 
 
-def place_images(sample: Mapping[str, Any]) -> tuple[list[dict], list]:
-    """A sample's messages with a content block or placeholder for each picture, and its pictures in order."""
+#: What stands for it in a text -> the keys of a content block that hold it, and what a message calls it.
+_MEDIA = {
+    "image": ("<image>", ("image", "url", "path"), "pictures"),
+    "video": ("<video>", ("video", "url", "path"), "videos"),
+}
+
+
+def place_media(sample: Mapping[str, Any]) -> tuple[list[dict], dict[str, list]]:
+    """A sample's messages with a content block or placeholder for each picture and video; and those, by kind, in order."""
     messages = [dict(message) for message in sample["messages"]]
-    given = sample.get("images")
-    given = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
-    inline = [
+    found = {kind: _inline(messages, kind) for kind in _MEDIA}
+    for kind, (_, _, name) in _MEDIA.items():
+        given = sample.get(f"{kind}s")
+        given = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+        if found[kind] and given:
+            raise ValueError(f"A sample has {name} both in its messages and in `{kind}s`. Put them in one place.")
+        if given and not any(_places(message.get("content"), kind) for message in messages):
+            for message in messages:
+                if message["role"] == "user":
+                    content = message["content"]
+                    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+                    message["content"] = [*[{"type": kind} for _ in given], *blocks]
+                    break
+        found[kind] = found[kind] or given
+    return messages, found
+
+
+def _inline(messages: list[dict], kind: str) -> list:
+    return [
         block[key]
         for message in messages
         if isinstance(message.get("content"), (list, tuple))
         for block in message["content"]
-        if block.get("type") == "image"
-        for key in ("image", "url", "path")
+        if block.get("type") == kind
+        for key in _MEDIA[kind][1]
         if block.get(key) is not None
     ]
-    if inline and given:
-        raise ValueError("A sample has pictures both in its messages and in `images`. Put them in one place.")
-    if given and not any(_places_image(message.get("content")) for message in messages):
-        for message in messages:
-            if message["role"] == "user":
-                content = message["content"]
-                blocks = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-                message["content"] = [*[{"type": "image"} for _ in given], *blocks]
-                break
-    return messages, inline or given
 
 
-def _places_image(content: Any) -> bool:
+def _places(content: Any, kind: str) -> bool:
     if isinstance(content, str):
-        return "<image>" in content
-    return any(block.get("type") == "image" for block in content or [])
+        return _MEDIA[kind][0] in content
+    return any(block.get("type") == kind for block in content or [])
 
 
 def render_with_assistant_spans(processor: ProcessorMixin, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
