@@ -243,7 +243,7 @@ def _examine_tower(
 
 def _examine_projector(projector_config: dict, spec: dict, report: CompatibilityReport) -> None:
     try:
-        check_projector_grid(projector_config, spec)
+        check_projector_grid(projector_config, spec, any_grid=spec["any_size"])
         report.tokens_per_picture = num_tokens_of_grid(projector_config, report.grid)
     except CompositionError as error:
         report.reasons.append(str(error))

@@ -34,7 +34,7 @@ from .tokenizers import (
     load_tokenizer,
     normalise_special_tokens,
 )
-from .views import Measured, complete_views, fewest_and_most_tokens, views_settings
+from .views import Measured, complete_video_frames, complete_views, fewest_and_most_tokens, views_settings
 from .vision_part import check_vision_fusion, examine_vision_part, vision_sources
 
 
@@ -53,12 +53,14 @@ def compose(
     fusion: str = "embed",
     image_attention: str = "causal",
     views: str | dict | None = None,
+    video_frames: dict | None = None,
     tokenizer: PreTrainedTokenizerBase | str | None = None,
     image_processor: BaseImageProcessor | str | Sequence | None = None,
     feature_extractor: object | None = None,
     qformer_tokenizer: PreTrainedTokenizerBase | str | None = None,
     image_size: int | tuple[int, int] | None = None,
     image_token: str = "<image>",
+    video_token: str = "<video>",
     vision_feature_layer: int | Sequence | None = None,
     vision_feature_select_strategy: str | Sequence[str] = "default",
     vision_fusion: str = "channel",
@@ -82,9 +84,12 @@ def compose(
         image_attention: `"causal"`: image tokens see what comes before them, as text does. `"bidirectional"`: also the rest
             of their picture. `"prefix"`: all of the prompt sees all of it; only the answer is causal.
         views: How a picture is shown to the tower: `"resize"`, whole and in one size (or in its own, if the image
-            processor keeps it); `"tiles"`, cut into tiles; `"slices"`, adaptively sliced; or a dict with `type` and settings
-            (`configuration/image_views.py`), such as `{"type": "tiles", "layout": "dynamic", "max_tiles": 6}`. What is
+            processor keeps it); `"tiles"`, cut into tiles; `"slices"`, adaptively sliced; `"native"`, whole and in its own
+            proportions within a budget of tokens; or a dict with `type` and settings (`configuration/image_views.py`), such
+            as `{"type": "tiles", "layout": "dynamic", "max_tiles": 6}` or `{"type": "native", "max_tokens": 256}`. What is
             left out follows from the tower.
+        video_frames: Which frames of a video are looked at, and how many tokens they take
+            (`configuration/video_frames.py`), such as `{"num_frames": 16, "frame_pool": 2}`.
         tokenizer: Instance, path or Hub id. Default: the language model's.
         image_processor: Instance, path or Hub id; a list of one for each of several towers. Default: the tower's, or a
             plain one for a config.
@@ -93,6 +98,7 @@ def compose(
             path or Hub id. Default: the language model's, and a vocabulary of its size.
         image_size: Pixels, one edge or `(height, width)`. Default: what the image processor makes.
         image_token: Text that stands for a picture. Added to the tokenizer as one token if it has none.
+        video_token: Text that stands for a video; image tokens take its place, so it need not be a token.
         vision_feature_layer: `None` for the tower's last hidden state; an index or indices into its hidden states. With
             several towers a list has an entry for each, which may be a list.
         vision_feature_select_strategy: `"default"` for the patches, `"full"` for every token of the tower; or a list
@@ -169,8 +175,9 @@ def compose(
         is_trained = not all(isinstance(source, PreTrainedConfig) for source in sources)
         features = probe_features(vision_tower, spec, part.layer, is_trained=is_trained)
 
-        check_projector_grid(projector_config, spec)
+        check_projector_grid(projector_config, spec, any_grid=spec["any_size"] and settings is None)
         image_views = complete_views(settings, spec, projector_config, part.image_processor, part.size)
+        frames = complete_video_frames(video_frames, spec, projector_config)
         view_size = (image_views or {}).get("view_size")
         if view_size and not makes_one_size(part.image_processor, spec):
             part.image_processor, part.size = load_image_processor(
@@ -200,6 +207,7 @@ def compose(
             projector_config=projector_config,
             fusion=fusion,
             image_views=image_views,
+            video_frames=frames,
             image_token_id=image_token_id,
             vision_feature_layer=part.layer,
             vision_feature_select_strategy=part.select_strategy,
@@ -217,11 +225,13 @@ def compose(
         image_processor=part.image_processor,
         tokenizer=text_tokenizer,
         qformer_tokenizer=instruction_tokenizer,
-        chat_template=chat_template_with_images(text_tokenizer, image_token),
+        chat_template=chat_template_with_images(text_tokenizer, image_token, video_token),
         image_token=image_token,
         vision_tower_spec=spec,
         projector_config=projector_config,
         image_views=image_views,
+        video_token=video_token,
+        video_frames=frames,
     )
     return model.eval(), processor
 

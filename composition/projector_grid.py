@@ -4,11 +4,12 @@ from ..configuration.token_grids import NEED_ROWS_AND_COLUMNS, TOKEN_GRIDS, Grid
 from .errors import CompositionError
 
 
-def check_projector_grid(projector_config: dict, spec: dict) -> Grid:
+def check_projector_grid(projector_config: dict, spec: dict, any_grid: bool) -> Grid:
     """The grid of tokens of a picture of the size that the tower was measured with.
 
     Args:
         spec: The `vision_tower_spec`.
+        any_grid: Pictures keep their own sizes, so features may come in any grid.
 
     Raises:
         CompositionError: the projector needs rows and columns and the features have none, or cannot take their grid, or
@@ -23,9 +24,11 @@ def check_projector_grid(projector_config: dict, spec: dict) -> Grid:
             f'that take them: {", ".join(others)}. Or keep the patches with vision_feature_select_strategy="default".'
         )
     try:
-        if spec["any_size"]:
-            token_grid(projector_config, (rows + 1, columns + 1))  # pictures of all sizes will come
+        if any_grid:
+            token_grid(projector_config, (rows + 1, columns + 1))
         return token_grid(projector_config, (rows, columns))
     except ValueError as error:
-        sizes = " Pictures keep their own sizes with this tower." if spec["any_size"] else ""
+        sizes = (
+            ' Pictures keep their own sizes with this tower, unless views="native" rounds them.' if any_grid else ""
+        )
         raise CompositionError(f"Projector {projector_type!r}: {error}{sizes}") from error

@@ -11,10 +11,12 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..configuration.image_views import VIEWS, check_image_views, feature_grids, num_image_tokens, plan_views
 from ..configuration.tile_layouts import TILE_LAYOUTS
 from ..configuration.token_grids import token_grid
+from ..configuration.video_frames import video_settings
 from ..modeling.picture_inputs import PICTURE_INPUTS
 from ..processing.processing_anyvlm import grids_of_outputs
 from ..processing.view_cutting import cut_views
 from .errors import CompositionError
+from .native_views import native_settings
 
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ class Measured:
     vision_tower_spec: dict
     projector_config: dict
     image_views: dict | None
+    video_frames: dict | None = None
 
 
 def views_settings(views: str | dict | None) -> dict | None:
@@ -91,12 +94,29 @@ def complete_views(
             else list(size),
         )
     else:
-        found = settings
+        found = native_settings(settings, spec, projector_config)
     try:
         check_image_views(found)
     except ValueError as error:
         raise CompositionError(str(error)) from error
+    if found["type"] == "native" and not _takes_planned_sizes(Measured(spec, projector_config, found), processor):
+        raise CompositionError(
+            f'{type(processor).__name__} does not take pictures in the sizes that views="native" plans. Leave image_size '
+            "and image_processor out, or pass an image_processor that cuts patches for this tower, such as its family's."
+        )
     return found
+
+
+def complete_video_frames(video_frames: dict | None, spec: dict, projector_config: dict) -> dict:
+    """`video_frames` for the config, with every key.
+
+    Raises:
+        CompositionError: something that this tower or projector cannot do, or an unknown setting.
+    """
+    try:
+        return video_settings(Measured(spec, projector_config, None, video_frames))
+    except ValueError as error:
+        raise CompositionError(str(error)) from error
 
 
 def _tile_settings(settings: dict, size: tuple[int, int], spec: dict, projector_config: dict) -> dict:

@@ -11,6 +11,7 @@ from .checkpoint_code import AUTO_MAP, PART_MODULES, write_checkpoint_code
 from .fused_vision_towers_config import FusedVisionTowersConfig
 from .image_views import check_image_views
 from .part_code import part_config, part_sources
+from .video_frames import resolve_video_frames
 
 
 logger = logging.get_logger(__name__)
@@ -68,6 +69,7 @@ class AnyVlmConfig(PreTrainedConfig):
     vision_feature_layer: int | list[int] | None = None
     vision_feature_select_strategy: str = "default"
     image_views: dict | None = None
+    video_frames: dict | None = None
     image_attention: str = "causal"
     composed_from: dict | None = None
     code_version: str | None = None
@@ -92,6 +94,7 @@ class AnyVlmConfig(PreTrainedConfig):
             )
         _check_choice("vision_feature_select_strategy", self.vision_feature_select_strategy, FEATURE_SELECT_STRATEGIES)
         check_image_views(self.image_views)
+        resolve_video_frames(self.video_frames)
         if self.code_version is None:
             self.code_version = CODE_VERSION
         elif self.code_version != CODE_VERSION:

@@ -9,6 +9,7 @@ how a picture becomes views; `None` means `{"type": "resize"}`, one view. Its ke
 | `view_size` | pixels `[height, width]` that the image processor makes of every view; `null`: as planned |
 | `layout` | of `tiles`: a row of `TILE_LAYOUTS`, whose functions say which settings they read |
 | `join` | `"concat"`: the views' tokens one after another; `"spatial"`: LLaVA-NeXT's merge of tiles into one map |
+| `max_tokens`, `min_tokens`, `cell_size` | of `native`: the budget, and the pixels along a token (`native_size.py`) |
 | `max_merged_tiles` | of `"spatial"`: a map of more tiles than this is scaled down (LLaVA-OneVision's `anyres_max_9`) |
 
 Everything here is arithmetic on sizes: no picture and no tensor is made.
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .image_tokens import Grid, image_grid, token_grid
+from .native_size import native_size
 from .tile_layouts import TILE_LAYOUTS, PictureViews, Size, View, grid_of_tiles, whole_picture
 
 
@@ -81,15 +83,24 @@ def _nearest_multiple(length: float, unit: int) -> int:
     return max(round(length / unit) * unit, unit)
 
 
+def _native(image_views: dict, height: int, width: int) -> PictureViews:
+    """The whole picture in its own proportions, and in its own size where the budget allows it."""
+    size = native_size(
+        height, width, image_views["cell_size"], image_views["max_tokens"], image_views.get("min_tokens", 1)
+    )
+    return whole_picture(height, width, size)
+
+
 #: Type -> `(image_views, height, width) -> PictureViews`.
 VIEWS: dict[str, Callable[[dict, int, int], PictureViews]] = {
     "resize": _resize,
     "tiles": _tiles,
     "slices": _slices,
+    "native": _native,
 }
 
 #: Types of which every picture is one view, so that the model needs no sizes to know which views belong together.
-SINGLE_VIEW_TYPES = ("resize",)
+SINGLE_VIEW_TYPES = ("resize", "native")
 
 
 def check_image_views(image_views: dict | None) -> None:
@@ -117,6 +128,11 @@ def check_image_views(image_views: dict | None) -> None:
 def has_several_views(image_views: dict | None) -> bool:
     """Whether a picture may become more than one view, so that the model needs `original_sizes`."""
     return image_views is not None and image_views["type"] not in SINGLE_VIEW_TYPES
+
+
+def has_planned_views(image_views: dict | None) -> bool:
+    """Whether pictures are cut or resized by a plan, before the image processor sees them."""
+    return image_views is not None and image_views["type"] != "resize"
 
 
 def has_newline(image_views: dict | None) -> bool:
@@ -149,7 +165,7 @@ def feature_grids(config: Any, plan: PictureViews) -> list[Grid]:
     """
     spec = config.vision_tower_spec
     view_size = (config.image_views or {}).get("view_size")
-    if view_size is None and not has_several_views(config.image_views):
+    if view_size is None and not has_planned_views(config.image_views):
         if spec["any_size"]:
             raise ValueError(
                 "These pictures keep their own sizes, by the rule of the image processor. Ask "

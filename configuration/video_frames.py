@@ -15,12 +15,63 @@ and the tokens of each are averaged over squares of neighbours, as LLaVA-Video (
 """
 
 import math
+from typing import Any
 
-from .image_tokens import Grid
+from .image_tokens import Grid, token_grid
+from .image_views import feature_grids, has_planned_views, plan_views
+from .tile_layouts import PictureViews, whole_picture
 
 
-#: What holds where nothing is said.
+#: What holds where nothing is said. Tokens that are no places of a picture are not pooled.
 DEFAULT_VIDEO_FRAMES = {"num_frames": 8, "fps": None, "max_frames": 64, "frame_pool": 2, "frame_text": None}
+
+#: A grid that every projector can cut, of whatever factor: 720720 is a multiple of all numbers to 16.
+_LARGE_GRID = (720720, 720720)
+
+
+def video_settings(config: Any, **changes: Any) -> dict:
+    """The `video_frames` of a model, with every key.
+
+    A tower of clips takes as many frames as it was made for, and gives tokens of the whole clip. Tokens of queries, of a
+    projector or a detector, have no neighbours that could be averaged.
+
+    Args:
+        config: Anything with `vision_tower_spec`, `projector_config` and `video_frames`: the model's config or the
+            processor.
+        changes: In place of what `video_frames` says.
+
+    Raises:
+        ValueError: as `resolve_video_frames`; or something that this tower or projector cannot do.
+    """
+    spec, stated = config.vision_tower_spec, dict(config.video_frames or {})
+    if changes.get("fps") is not None:
+        stated.pop("num_frames", None)
+    if changes.get("num_frames") is not None:
+        stated.pop("fps", None)
+    given = {**stated, **{key: value for key, value in changes.items() if value is not None}}
+    if takes_clips(spec):
+        fixed = {"num_frames": spec["num_frames"], "fps": None, "max_frames": spec["num_frames"]}
+        return _with_fixed(given, {**fixed, "frame_pool": 1, "frame_text": None}, "the vision tower takes clips")
+    one_row = spec["grid"][0] == 1 and not spec["any_size"]
+    if one_row or token_grid(config.projector_config, _LARGE_GRID)[0] == 1:
+        return _with_fixed(given, {"frame_pool": 1}, "the tokens of a picture are not in rows and columns")
+    return resolve_video_frames(given)
+
+
+def takes_clips(vision_tower_spec: dict) -> bool:
+    """Whether the tower takes clips, so that a video is one of them."""
+    return vision_tower_spec["inputs"] == "frames"
+
+
+def _with_fixed(given: dict, fixed: dict, reason: str) -> dict:
+    for key, value in fixed.items():
+        if given.get(key) not in (None, value):
+            raise ValueError(
+                f"video_frames[{key!r}] is {given[key]!r}, but {reason}, so it can only be {value!r}. Leave it out."
+            )
+    if fixed.get("num_frames"):
+        given = {key: value for key, value in given.items() if key != "fps"}
+    return resolve_video_frames({**given, **fixed})
 
 
 def resolve_video_frames(video_frames: dict | None) -> dict:
@@ -49,6 +100,11 @@ def resolve_video_frames(video_frames: dict | None) -> dict:
             raise ValueError(f"video_frames[{key!r}] must be a whole number from 1 on, not {value!r}.")
     if resolved["num_frames"] is None and not (isinstance(resolved["fps"], (int, float)) and resolved["fps"] > 0):
         raise ValueError(f"video_frames['fps'] must be a number above 0, not {resolved['fps']!r}.")
+    if (resolved["num_frames"] or 0) > resolved["max_frames"]:
+        raise ValueError(
+            f"num_frames={resolved['num_frames']} is more than max_frames={resolved['max_frames']}. Raise max_frames in "
+            "video_frames, or ask for fewer."
+        )
     try:
         frame_text(resolved, 1, 0.0)
     except (KeyError, IndexError, ValueError, AttributeError) as error:
@@ -65,10 +121,13 @@ def frame_text(video_frames: dict, number: int, seconds: float) -> str:
     return text.format(number=number, seconds=seconds) if text else ""
 
 
-def sampled_frames(video_frames: dict, total: int, video_fps: float | None = None) -> list[int]:
+def sampled_frames(video_frames: dict, total: int, video_fps: float | None = None, is_clip: bool = False) -> list[int]:
     """Indices of the frames that are looked at, rising and each once, of a video of `total` frames.
 
     Frame `i` of `n` is that at `i * total // n`, as in transformers.
+
+    Args:
+        is_clip: The tower takes no fewer than `num_frames`: those of a shorter video are shown several times.
 
     Raises:
         ValueError: `fps` is asked for, and the video's own rate is unknown.
@@ -81,7 +140,7 @@ def sampled_frames(video_frames: dict, total: int, video_fps: float | None = Non
                 "num_frames=…, or a video file."
             )
         number = int(total / video_fps * video_frames["fps"])
-    number = max(1, min(number, video_frames["max_frames"], total))
+    number = max(1, min(number, video_frames["max_frames"], number if is_clip else total))
     return [index * total // number for index in range(number)]
 
 
@@ -98,3 +157,23 @@ def frame_grid(video_frames: dict, grid: Grid) -> Grid:
 def num_frame_tokens(video_frames: dict, grid: Grid) -> int:
     """Tokens of one frame, whose tokens before pooling are a `grid`."""
     return math.prod(frame_grid(video_frames, grid))
+
+
+def frame_view(image_views: dict | None, height: int, width: int) -> PictureViews:
+    """A frame as one view: the whole of it, whatever views a picture of this size has."""
+    if not has_planned_views(image_views) or image_views.get("view_size") is not None:
+        return whole_picture(height, width)
+    plan = plan_views(image_views, height, width)
+    return PictureViews((plan.views[plan.whole],))
+
+
+def num_video_tokens(config: Any, num_frames: int, height: int, width: int) -> int:
+    """Number of tokens of a video of which `num_frames` frames of `height` x `width` pixels are looked at.
+
+    Args:
+        config: Anything with `vision_tower_spec`, `projector_config`, `image_views` and `video_frames`: the model's config
+            or the processor.
+    """
+    grid = feature_grids(config, frame_view(config.image_views, height, width))[0]
+    tokens = num_frame_tokens(video_settings(config), token_grid(config.projector_config, grid))
+    return tokens if takes_clips(config.vision_tower_spec) else num_frames * tokens

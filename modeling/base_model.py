@@ -11,9 +11,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.utils import can_return_tuple
 
 from ..configuration.configuration_anyvlm import AnyVlmConfig
-from ..configuration.image_tokens import image_grids
+from ..configuration.image_tokens import Grid, image_grids
 from ..configuration.image_views import has_newline, has_several_views
 from ..configuration.instructions import instruction_arguments
+from ..configuration.tile_layouts import PictureViews
+from ..configuration.video_frames import video_settings
 from .fused_vision_towers import build_vision_part
 from .image_attention import image_attention_masks
 from .image_positions import positions_on_axes
@@ -28,6 +30,7 @@ from .norms import RmsNorm
 from .parts import restore_computed_tensors, trusted_config
 from .picture_inputs import IMAGE_INPUTS
 from .projectors import build_projector
+from .video_tokens import check_frames, join_frames
 from .view_joining import check_views, join_views
 from .vision_towers import call_vision_tower, graph_if_trained, read_features
 
@@ -175,9 +178,10 @@ class AnyVlmModel(PreTrainedModel):
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
+        num_video_frames: torch.Tensor | None = None,
         **kwargs,
     ) -> AnyVlmImageFeatures:
-        """Features and projected tokens of pictures.
+        """Features and projected tokens of pictures and videos.
 
         A tower none of whose parameters require a gradient is frozen: it runs in `eval()` and without a graph.
 
@@ -195,11 +199,14 @@ class AnyVlmModel(PreTrainedModel):
                 projector that reads it.
             original_sizes: `(num_images, 2)`, height and width of each picture before it was cut into views; needed where
                 the config's `image_views` cut pictures.
+            num_video_frames: `(num_images + num_videos,)`, where there are videos: the frames of each, which are views
+                among the pictures', and 0 for a picture.
 
         Returns:
             `last_hidden_state`: the tower's features `(num_images, num_features, hidden_size)`, or
             `(all features, hidden_size)` of pictures of several sizes; `pooler_output`: a list with the tokens
-            `(num_tokens, embedding width)` of each picture; `token_grids`: a list with the rows and columns of these.
+            `(num_tokens, embedding width)` of each picture, and of each frame of a video; `token_grids`: a list with the
+            rows and columns of these.
 
         Raises:
             ValueError: pictures of another size or shape than the tower was composed for.
@@ -231,28 +238,61 @@ class AnyVlmModel(PreTrainedModel):
             features = read_features(raw_features, spec, grids)
         instructions = {"qformer_input_ids": qformer_input_ids, "qformer_attention_mask": qformer_attention_mask}
         instructions = instruction_arguments(self.config.projector_config, instructions)
-        cut = has_several_views(self.config.image_views)
-        if cut:
-            if original_sizes is None:
-                raise ValueError(
-                    "The pictures of this model are cut into views, and original_sizes says which views belong to which "
-                    "picture. Pass everything that the processor returned: model(**inputs)."
-                )
-            plans = check_views(self.config.image_views, original_sizes, len(features))
-            counts = torch.tensor([len(plan.views) for plan in plans], device=pixel_values.device)
+        plans = self._plans(original_sizes, num_video_frames, len(features))
+        views = check_frames(num_video_frames, [len(plan.views) for plan in plans], len(features))
+        if instructions and max(views) > 1:
+            counts = torch.tensor(views, device=pixel_values.device)
             instructions = {key: value.repeat_interleave(counts, dim=0) for key, value in instructions.items()}
         tokens, token_grids = self._project(features, grids, instructions)
-        if cut:
-            newline = self.image_newline if has_newline(self.config.image_views) else None
-            tokens = join_views(tokens, token_grids, self.config.image_views, plans, original_sizes.tolist(), newline)
-            # A picture of several views, joined, is no grid.
-            token_grids = [None] * len(tokens)
+        if num_video_frames is None:
+            tokens, token_grids = self._join_views(tokens, token_grids, plans, original_sizes)
+        else:
+            tokens, token_grids = join_frames(
+                tokens,
+                token_grids,
+                views,
+                num_video_frames,
+                video_settings(self.config),
+                lambda tokens, grids: self._join_views(tokens, grids, plans, original_sizes),
+            )
         one_size = len(set(grids)) == 1
         return AnyVlmImageFeatures(
             last_hidden_state=torch.stack(features) if one_size else torch.cat(features),
             pooler_output=tokens,
             token_grids=token_grids,
         )
+
+    def _plans(
+        self, original_sizes: torch.Tensor | None, num_video_frames: torch.Tensor | None, num_views: int
+    ) -> list[PictureViews]:
+        """The views of each picture, if the model cuts pictures; else empty."""
+        if not has_several_views(self.config.image_views):
+            return []
+        if num_video_frames is not None:
+            if bool((num_video_frames > 0).all()):
+                return []
+            num_views -= int(num_video_frames.sum())
+        if original_sizes is None:
+            raise ValueError(
+                "The pictures of this model are cut into views, and original_sizes says which views belong to which "
+                "picture. Pass everything that the processor returned: model(**inputs)."
+            )
+        return check_views(self.config.image_views, original_sizes, num_views)
+
+    def _join_views(
+        self,
+        tokens: list[torch.Tensor],
+        token_grids: list[Grid],
+        plans: list[PictureViews],
+        original_sizes: torch.Tensor | None,
+    ) -> tuple[list[torch.Tensor], list[Grid | None]]:
+        """Tokens of each picture, of those of all views of all pictures, and their grids."""
+        if not plans:
+            return tokens, token_grids
+        newline = self.image_newline if has_newline(self.config.image_views) else None
+        tokens = join_views(tokens, token_grids, self.config.image_views, plans, original_sizes.tolist(), newline)
+        # A picture of several views, joined, is no grid.
+        return tokens, [None] * len(tokens)
 
     def _project(
         self, features: list[torch.Tensor], grids: list[tuple[int, int]], instructions: dict[str, torch.Tensor]

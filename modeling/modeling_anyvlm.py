@@ -84,6 +84,7 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
+        num_video_frames: torch.Tensor | None = None,
         **kwargs,
     ) -> AnyVlmCausalLMOutput:
         """Run the model.
@@ -103,6 +104,7 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
             image_grid_thw, spatial_shapes, pixel_attention_mask, target_sizes, image_position_ids, image_sizes: What the
                 tower's own image processor gives beside `pixel_values`, see `get_image_features`.
             original_sizes: `(num_images, 2)`, height and width of each picture, where pictures are cut into views.
+            num_video_frames: `(num_images + num_videos,)`, where there are videos: the frames of each, 0 for a picture.
             token_type_ids: `(batch, sequence)`, for `image_attention="prefix"`: 0 in the prompt, 1 in the answer. Default:
                 the answer begins with the first label; without labels all is prompt.
             qformer_input_ids, qformer_attention_mask: `(num_images, length)`, the instruction for each picture, for a
@@ -140,6 +142,7 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
             qformer_input_ids=qformer_input_ids,
             qformer_attention_mask=qformer_attention_mask,
             original_sizes=original_sizes,
+            num_video_frames=num_video_frames,
             **kwargs,
         )
         outputs = self.language_model(**arguments, return_dict=True)

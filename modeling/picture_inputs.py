@@ -64,7 +64,7 @@ PROCESSOR_KEYS = (
 )
 
 #: All of the model's inputs that go along with `pixel_values`.
-IMAGE_INPUTS = (*PROCESSOR_KEYS, "original_sizes")
+IMAGE_INPUTS = (*PROCESSOR_KEYS, "original_sizes", "num_video_frames")
 
 
 def cut_patches(pictures: torch.Tensor, patch: dict) -> torch.Tensor:

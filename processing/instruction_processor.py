@@ -22,7 +22,7 @@ _POSITIONS = 512
 
 
 class InstructionProcessor(ProcessorMixin):
-    """Adds `qformer_input_ids` and `qformer_attention_mask`, a row for each picture."""
+    """Adds `qformer_input_ids` and `qformer_attention_mask`, a row for each picture and video."""
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -72,7 +72,9 @@ class InstructionProcessor(ProcessorMixin):
             # Its positions count padding, so it pads on its own side (the right), unless the caller says otherwise.
             side = kwargs.get("padding_side") or self.qformer_tokenizer.padding_side
             encoded = self._encode_instructions(
-                instructions, [sample.count(self.image_token) for sample in texts], padding_side=side
+                instructions,
+                [sample.count(self.image_token) + sample.count(self.video_token) for sample in texts],
+                padding_side=side,
             )
             as_tensors = isinstance(inputs["input_ids"], torch.Tensor)
             inputs.update({key: value if as_tensors else value.tolist() for key, value in encoded.items()})
@@ -82,7 +84,7 @@ class InstructionProcessor(ProcessorMixin):
         self, instructions: list[str], num_pictures: list[int], padding_side: str
     ) -> dict[str, torch.Tensor]:
         """A row for each picture, `(num_images, length)`, without the placeholders of pictures."""
-        words = [instruction.replace(self.image_token, "") for instruction in instructions]
+        words = [text.replace(self.image_token, "").replace(self.video_token, "") for text in instructions]
         encoded = self.qformer_tokenizer(
             words, padding=True, padding_side=padding_side, return_token_type_ids=False, return_tensors="pt"
         )

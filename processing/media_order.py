@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -61,23 +61,22 @@ def count_message(where: str, placeholder: str, count: int, number: int, kind: s
     )
 
 
-def video_lists(videos: Any) -> list:
-    """Videos as people pass them, in a flat list, or in one list per text if any entry is `None` or holds videos.
+def read_videos(videos: Any, read: Callable[[Any], Any]) -> list:
+    """Videos as people pass them, read, in a flat list, or in one list per text if any entry is `None` or holds videos.
 
     A list of pictures in memory is one video; a list of paths is several, as for transformers, unless it stands where
     only a video can stand: in the list of a text.
     """
-    if videos is None:
-        return []
-    if _is_video(videos):
-        return [videos]
     if isinstance(videos, (np.ndarray, torch.Tensor)) and videos.ndim == 5:
-        return list(videos)
-    if not isinstance(videos, (list, tuple)):
-        return [videos]  # an array of another shape, or no video: reading it says what is wrong
+        return [read(video) for video in videos]
+    if _is_video(videos) or not isinstance(videos, (list, tuple)):
+        return [read(videos)]
     if any(item is None or (isinstance(item, (list, tuple)) and not _is_video(item)) for item in videos):
-        return [[] if item is None else list(item) if not _is_video(item) else [item] for item in videos]
-    return list(videos)
+        return [
+            [] if item is None else read_videos(item, read) if _is_video(item) else [read(v) for v in item]
+            for item in videos
+        ]
+    return [read(video) for video in videos]
 
 
 def _is_video(value: Any) -> bool:

@@ -19,6 +19,10 @@ class PicturesFirstProcessor(ProcessorMixin):
         Raises:
             ValueError: with `pictures_first`, texts with another number of image tokens than one another.
         """
+        if self.pictures_first and videos is not None:
+            raise ValueError(
+                "This model's image tokens come before the text, where videos have no place. Pass pictures."
+            )
         if not self.pictures_first or images is None or text is None:
             return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
         texts = self._with_placeholders([text] if isinstance(text, str) else list(text), images)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,20 +15,22 @@ from ..configuration.checkpoint_code import AUTO_MAP, write_checkpoint_code
 from ..configuration.image_tokens import image_grids, token_grid
 from ..configuration.image_views import (
     check_image_views,
-    feature_grids,
     has_newline,
+    has_planned_views,
     has_several_views,
     num_image_tokens,
-    num_joined_tokens,
     plan_views,
 )
 from ..configuration.instructions import INSTRUCTION_KEYS
+from ..configuration.video_frames import num_video_tokens, takes_clips, video_settings
 from ..modeling.picture_inputs import PICTURE_INPUTS
-from .image_text import check_image_text, has_text_between_views, joined_text, picture_prefix, picture_text
+from .image_text import check_image_text, has_text_between_views, picture_prefix
 from .instruction_processor import InstructionProcessor
+from .media_order import in_text_order, read_videos
+from .media_views import check_grids, clips_of, picture_tokens_text, take_apart, video_tokens_text
 from .pictures import to_rgb_picture
 from .pictures_first import PicturesFirstProcessor
-from .view_cutting import cut_views
+from .video import Video, sample_video
 
 
 class AnyVlmProcessorKwargs(ProcessingKwargs, total=False):
@@ -36,8 +39,15 @@ class AnyVlmProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": False, "padding_side": "left", "return_token_type_ids": False}}
 
 
+class _VideoText(str):
+    """What stands for a video, among the texts that stand for pictures."""
+
+
 class AnyVlmProcessor(PicturesFirstProcessor, InstructionProcessor):
-    """Text with pictures to model inputs.
+    """Text with pictures and videos to model inputs.
+
+    Videos go along with pictures, as rows of them: `num_frames`, `fps` and `do_sample_frames`, as for transformers, say
+    in a call which frames are looked at, where it is not to be what `video_frames` says.
 
     Args:
         image_processor: Image processor of the vision tower.
@@ -54,6 +64,8 @@ class AnyVlmProcessor(PicturesFirstProcessor, InstructionProcessor):
             (`processing/image_text.py`).
         pictures_first: Image tokens come before everything else, bos and padding included
             (`processing/pictures_first.py`).
+        video_token: Stands for a video in a text. It need not be a token: image tokens take its place.
+        video_frames: As in the model's config: says which frames are looked at, and how many tokens they take.
     """
 
     valid_processor_kwargs = AnyVlmProcessorKwargs
@@ -70,6 +82,8 @@ class AnyVlmProcessor(PicturesFirstProcessor, InstructionProcessor):
         image_views=None,
         image_text=None,
         pictures_first=False,
+        video_token="<video>",
+        video_frames=None,
         **kwargs,
     ):
         check_image_views(image_views)
@@ -79,9 +93,11 @@ class AnyVlmProcessor(PicturesFirstProcessor, InstructionProcessor):
                 "image_text writes something between the views of a picture, whose tokens image_views joins into one map "
                 '("join": "spatial"). Leave out either.'
             )
-        self.image_token = image_token
+        if video_token in image_token or image_token in video_token:
+            raise ValueError(f"{image_token!r} and {video_token!r} cannot be told apart. Choose another video_token.")
+        self.image_token, self.video_token = image_token, video_token
         self.pictures_first = pictures_first
-        self.image_views, self.image_text = image_views, image_text
+        self.image_views, self.image_text, self.video_frames = image_views, image_text, video_frames
         repeated = self._repeated_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(repeated)
         if self.image_token_id is None or tokenizer.convert_ids_to_tokens(self.image_token_id) != repeated:
@@ -98,10 +114,27 @@ class AnyVlmProcessor(PicturesFirstProcessor, InstructionProcessor):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        """As the base class; every picture becomes 8-bit RGB first (`processing/pictures.py`)."""
+        """As the base class; every picture becomes 8-bit RGB first (`processing/pictures.py`), and with videos,
+        pictures and sampled frames (`processing/video.py`) come back together, in the order of the texts."""
         if images is not None:
             images = _picture_lists(images)
-        return super().prepare_inputs_layout(images=images, text=text, videos=videos, audio=audio, **kwargs)
+        if videos is None:
+            return super().prepare_inputs_layout(images=images, text=text, audio=audio, **kwargs)
+        if text is None:
+            raise ValueError(f"Videos need a text with {self.video_token!r} where each of them belongs.")
+        _, text, _, audio = super().prepare_inputs_layout(text=text, audio=audio, **kwargs)
+        settings, is_clip = self._sampling(kwargs), takes_clips(self.vision_tower_spec)
+        videos = read_videos(videos, lambda video: sample_video(video, settings, is_clip))
+        return in_text_order(text, (self.image_token, self.video_token), images, videos), text, None, audio
+
+    def _sampling(self, kwargs: Mapping) -> dict:
+        """`video_frames` with what a call asks for."""
+        asked = {**kwargs, **kwargs.get("videos_kwargs", {})}
+        if asked.get("do_sample_frames") is False:
+            if takes_clips(self.vision_tower_spec):
+                raise ValueError("This vision tower takes clips of its own length. Leave out do_sample_frames=False.")
+            return {**video_settings(self), "num_frames": sys.maxsize, "max_frames": sys.maxsize}
+        return video_settings(self, num_frames=asked.get("num_frames"), fps=asked.get("fps"))
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """As the base class; with pictures in a list per text, each text's placeholders are counted against its own.
@@ -113,47 +146,46 @@ class AnyVlmProcessor(PicturesFirstProcessor, InstructionProcessor):
         if text is None and flat:
             raise ValueError(f"Pictures need a text with {self.image_token!r} where each of them belongs.")
         if text is not None and all(isinstance(sample, str) for sample in text):
-            in_text = [sample.count(self.image_token) for sample in text]
-            if flat is images or not images:
-                if sum(in_text) != len(flat):
-                    raise ValueError(self._count_message("the text", sum(in_text), len(flat)))
-            elif len(images) != len(text):
-                raise ValueError(
-                    f"Got {len(text)} texts but {len(images)} lists of pictures. Pass one list per text, empty for a "
-                    "text without pictures."
-                )
+            if any(isinstance(medium, Video) for medium in flat):  # these were counted when they were put in order
+                flat = [medium for medium in flat if not isinstance(medium, Video)]
             else:
-                for index, (placeholders, pictures) in enumerate(zip(in_text, images)):
-                    if placeholders != len(pictures):
-                        raise ValueError(
-                            self._count_message(f"text {index} of the batch", placeholders, len(pictures))
-                        )
-        super().validate_inputs(images=flat or None, text=text, videos=videos, audio=audio, **kwargs)
-
-    def _count_message(self, where: str, placeholders: int, pictures: int) -> str:
-        return (
-            f"In {where}, {self.image_token!r} stands {placeholders} times, but {pictures} pictures were passed. Put "
-            "it exactly once for each picture, where the picture belongs, or let processor.apply_chat_template place "
-            "it from messages."
-        )
+                in_text_order(text, (self.image_token, self.video_token), images, None)
+            text = [sample.replace(self.video_token, "") for sample in text]
+        super().validate_inputs(images=flat or None, text=text, audio=audio, **kwargs)
 
     def _process_images(self, images, **kwargs) -> tuple[dict[str, Any], list[str]]:
-        flat = _flatten(images)
-        if not flat:
+        resample = getattr(self.image_processor, "resample", None)
+        media = [take_apart(medium, self.image_views, resample) for medium in _flatten(images)]
+        if not media:
             return {}, []
-        views = flat
-        if has_several_views(self.image_views):
-            resample = getattr(self.image_processor, "resample", None)
-            plans = [plan_views(self.image_views, picture.height, picture.width) for picture in flat]
-            views = [view for picture, plan in zip(flat, plans) for view in cut_views(picture, plan, resample)]
-            if self.image_views.get("view_size") is None:
-                kwargs["do_resize"] = False  # the views have the sizes that the tower is to see
+        views = [view for medium in media for view in medium.views]
+        if has_planned_views(self.image_views) and self.image_views.get("view_size") is None:
+            kwargs["do_resize"] = False  # the views have the sizes that the tower is to see
         processed = self.image_processor(views, **{**kwargs, "return_tensors": kwargs.get("return_tensors") or "pt"})
         # Image processors also return what only their own model reads (masks of padding, original sizes).
         outputs = {key: processed[key] for key in ("pixel_values", *self._patch_keys) if key in processed}
-        if has_several_views(self.image_views):
-            outputs["original_sizes"] = torch.tensor([(picture.height, picture.width) for picture in flat])
-        return outputs, self.picture_texts(outputs)
+        check_grids(self, views, grids_of_outputs(self.vision_tower_spec, outputs))
+        numbers = [len(medium.views) for medium in media]
+        videos = [medium.video for medium in media]
+        if any(videos) and takes_clips(self.vision_tower_spec):
+            outputs["pixel_values"], numbers = clips_of(outputs["pixel_values"], media), [1] * len(media)
+        elif any(videos):
+            outputs["num_video_frames"] = torch.tensor(
+                [number if video else 0 for number, video in zip(numbers, videos)]
+            )
+        sizes = [medium.size for medium in media if medium.video is None]
+        if has_several_views(self.image_views) and sizes:
+            outputs["original_sizes"] = torch.tensor(sizes)
+        grids = iter(grids_of_outputs(self.vision_tower_spec, outputs))
+        texts = []
+        for medium, number in zip(media, numbers):
+            own = [next(grids) for _ in range(number)]
+            arguments = (self, self.image_text, self._repeated_token)
+            if medium.video is None:
+                texts.append(picture_tokens_text(*arguments, medium.plan, medium.size, own))
+            else:
+                texts.append(_VideoText(video_tokens_text(*arguments, medium.video, own)))
+        return outputs, texts
 
     @property
     def _patch_keys(self) -> list[str]:
@@ -164,34 +196,15 @@ class AnyVlmProcessor(PicturesFirstProcessor, InstructionProcessor):
         return self.picture_texts(image_inputs)[image_idx]
 
     def picture_texts(self, image_inputs: Mapping) -> list[str]:
-        """What stands for each picture.
-
-        Raises:
-            ValueError: the image processor makes another size of a view than was planned.
-        """
+        """What stands for each picture of a batch without videos."""
         grids = grids_of_outputs(self.vision_tower_spec, image_inputs)
-        if has_several_views(self.image_views):
-            sizes = [tuple(size) for size in image_inputs["original_sizes"].tolist()]
-        else:
-            sizes = [(1, 1)] * len(grids)  # one view each, whatever their size
-        texts, start = [], 0
+        several = has_several_views(self.image_views)
+        sizes = image_inputs["original_sizes"].tolist() if several else [(1, 1)] * len(grids)
+        texts, remaining = [], iter(grids)
         for size in sizes:
             plan = plan_views(self.image_views, *size)
-            end = start + len(plan.views)
-            found = grids[start:end]
-            if has_several_views(self.image_views) and found != feature_grids(self, plan):
-                raise ValueError(
-                    f"A picture of {size[0]}x{size[1]} pixels (height x width) was to give the grids of features "
-                    f"{feature_grids(self, plan)}, but the image processor makes {found} of its views. Leave the "
-                    "processor's sizes as they were saved."
-                )
-            tokens = [token_grid(self.projector_config, grid) for grid in found]
-            if has_text_between_views(self.image_text):
-                texts.append(picture_text(self.image_text, self._repeated_token, plan, tokens))
-            else:
-                number = num_joined_tokens(self.image_views, plan, tokens, *size)
-                texts.append(joined_text(self.image_text, self._repeated_token, number))
-            start = end
+            own = [next(remaining) for _ in plan.views]
+            texts.append(picture_tokens_text(self, self.image_text, self._repeated_token, plan, size, own))
         return texts
 
     @property
@@ -199,13 +212,15 @@ class AnyVlmProcessor(PicturesFirstProcessor, InstructionProcessor):
         return (self.image_text or {}).get("token", self.image_token)
 
     def get_text_with_replacements(self, text, images_replacements=(), *args, **kwargs):
-        """As the base class; pictures are numbered in each text where `image_text` says so."""
+        """As the base class; pictures are numbered in each text where `image_text` says so, and videos have come with the
+        pictures."""
         numbers = [number for sample in text for number in range(sample.count(self.image_token))]
-        replacements = [
-            picture_prefix(self.image_text, number) + replacement
-            for number, replacement in zip(numbers, images_replacements)
+        videos = [replacement for replacement in images_replacements if isinstance(replacement, _VideoText)]
+        pictures = [replacement for replacement in images_replacements if not isinstance(replacement, _VideoText)]
+        pictures = [
+            picture_prefix(self.image_text, number) + replacement for number, replacement in zip(numbers, pictures)
         ]
-        return super().get_text_with_replacements(text, replacements, *args, **kwargs)
+        return super().get_text_with_replacements(text, pictures, videos, *args[1:], **kwargs)
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Mapping, modalities: list[str]) -> None:
         """As the base class, which looks for the token of the user's text; what is repeated may be another.
@@ -225,27 +240,37 @@ class AnyVlmProcessor(PicturesFirstProcessor, InstructionProcessor):
             )
         return super()._check_special_mm_tokens(text, text_inputs, [name for name in modalities if name != "image"])
 
-    def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs) -> MultiModalData:
-        """Token counts for pictures of the given `(height, width)` before processing; servers ask for them.
+    def _get_num_multimodal_tokens(
+        self,
+        image_sizes: list[tuple[int, int]] | None = None,
+        video_sizes: list[tuple[int, int, int]] | None = None,
+        **kwargs,
+    ) -> MultiModalData:
+        """Token counts for pictures of the given `(height, width)`, and for videos of `(frames, height, width)` of which
+        all frames are looked at, before processing; servers ask for them.
 
         No picture is made, unless only the image processor knows to which size it brings one.
         """
+        counts = {}
+        if video_sizes is not None:
+            counts["num_video_tokens"] = [num_video_tokens(self, *size) for size in video_sizes]
         if image_sizes is None:
-            return MultiModalData()
-        if has_several_views(self.image_views) or not (kwargs or self.vision_tower_spec["any_size"]):
+            return MultiModalData(**counts)
+        if has_planned_views(self.image_views) or not (kwargs or self.vision_tower_spec["any_size"]):
             tokens = [num_image_tokens(self, height, width) for height, width in image_sizes]
         else:
             grids = grids_of_sizes(self.image_processor, self.vision_tower_spec, image_sizes, **kwargs)
             tokens = [math.prod(token_grid(self.projector_config, grid)) for grid in grids]
         views = [len(plan_views(self.image_views, height, width).views) for height, width in image_sizes]
-        return MultiModalData(num_image_tokens=tokens, num_image_patches=views)
+        return MultiModalData(num_image_tokens=tokens, num_image_patches=views, **counts)
 
     @property
     def model_input_names(self) -> list[str]:
         names = [name for name in self.tokenizer.model_input_names if name != "token_type_ids"]
         sizes = ["original_sizes"] if has_several_views(self.image_views) else []
         instructions = INSTRUCTION_KEYS if self.qformer_tokenizer is not None else ()
-        return [*names, "pixel_values", *self._patch_keys, *sizes, *instructions]
+        videos = [] if takes_clips(self.vision_tower_spec) else ["num_video_frames"]
+        return [*names, "pixel_values", *self._patch_keys, *sizes, *videos, *instructions]
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """Write the processor's config and, beside it, the code: `save_pretrained` and `push_to_hub` come by here."""

@@ -48,7 +48,7 @@ class Video:
         return [frame_text(video_frames, number, time) for number, time in enumerate(self.seconds, start=1)]
 
 
-def sample_video(source: Any, video_frames: dict) -> Video:
+def sample_video(source: Any, video_frames: dict, is_clip: bool = False) -> Video:
     """The frames of a video that are looked at.
 
     Args:
@@ -56,6 +56,7 @@ def sample_video(source: Any, video_frames: dict) -> Video:
             `(frames, height, width, channels)` or `(frames, channels, height, width)`; either of them with its rate, as
             `{"frames": …, "fps": …}`; or a video file, as a path, a URL, or bytes.
         video_frames: As in the config, with every key (`configuration/video_frames.py`).
+        is_clip: Frames of a video that has fewer are shown several times.
 
     Raises:
         ImportError: a file, and PyAV is not installed.
@@ -63,7 +64,7 @@ def sample_video(source: Any, video_frames: dict) -> Video:
         TypeError: something that is no video.
     """
     if isinstance(source, (str, os.PathLike, bytes, bytearray)):
-        return _sample_file(source, video_frames)
+        return _sample_file(source, video_frames, is_clip)
     rate = None
     if isinstance(source, Mapping):
         if "frames" not in source or not source.get("fps"):
@@ -83,14 +84,14 @@ def sample_video(source: Any, video_frames: dict) -> Video:
         )
     if len(source) == 0:
         raise ValueError("The video has no frames. Leave it out.")
-    indices = sampled_frames(video_frames, len(source), rate)
+    indices = sampled_frames(video_frames, len(source), rate, is_clip)
     return Video(
         frames=[to_rgb_picture(source[index]) for index in indices],
         seconds=[index / rate if rate else None for index in indices],
     )
 
 
-def _sample_file(source: Any, video_frames: dict) -> Video:
+def _sample_file(source: Any, video_frames: dict, is_clip: bool) -> Video:
     try:
         import av
     except ImportError as error:
@@ -101,14 +102,15 @@ def _sample_file(source: Any, video_frames: dict) -> Video:
     name = "the video" if isinstance(source, (bytes, bytearray)) else str(source)
     try:
         total, rate = _count_frames(av, source, name)
-        indices = sampled_frames(video_frames, total, rate)
+        indices = sampled_frames(video_frames, total, rate, is_clip)
         found, decoded = _decode(av, source, indices)
         if decoded < total and len(found) < len(indices):
             logger.warning(
                 f"{name} states {total} frames, but only {decoded} can be decoded: it may be cut short. Frames are taken "
                 "from those."
             )
-            found, _ = _decode(av, source, sampled_frames(video_frames, decoded, rate)) if decoded else ([], 0)
+            indices = sampled_frames(video_frames, decoded, rate, is_clip) if decoded else []
+            found, _ = _decode(av, source, indices)
     except av.FFmpegError as error:
         if isinstance(error, FileNotFoundError):
             raise FileNotFoundError(f"There is no video file {name}.") from error
@@ -149,7 +151,8 @@ def _decode(av, source: Any, indices: list[int]) -> tuple[list[tuple[Image.Image
                 # Cameras that are held upright write the turn beside the pixels, as in pictures.
                 picture = frame.to_image()
                 picture = picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
-                found.append((picture, None if frame.time is None else frame.time - start))
+                time = None if frame.time is None else frame.time - start
+                found.extend([(picture, time)] * indices.count(decoded))
             decoded += 1
             if len(found) == len(indices):
                 break

@@ -145,12 +145,21 @@ class TestChatTemplate:
         for key in expected:
             assert torch.equal(inputs[key], expected[key])
 
-    def test_own_template_that_places_pictures_is_kept(self):
+    def test_own_template_that_places_pictures_and_videos_is_kept(self):
         template = (
-            "{% for m in messages %}{{ m.role }}:{% for c in m.content %}"
-            "{% if c.type == 'image' %}<image>{% else %}{{ c.text }}{% endif %}{% endfor %};{% endfor %}"
+            "{% for m in messages %}{{ m.role }}:{% for c in m.content %}{% if c.type == 'image' %}<image>"
+            "{% elif c.type == 'video' %}<video>{% else %}{{ c.text }}{% endif %}{% endfor %};{% endfor %}"
         )
         assert _processor_with(template).chat_template == template
+
+    def test_own_template_that_places_pictures_alone_gets_videos_as_text(self):
+        template = (
+            "{% for m in messages %}{{ m.role }}:{% for c in m.content %}"
+            "{% if c.type == 'image' %}[<image>]{% else %}{{ c.text }}{% endif %}{% endfor %};{% endfor %}"
+        )
+        processor = _processor_with(template)
+        content = [{"type": "image"}, {"type": "text", "text": "w1"}, {"type": "video"}]
+        assert processor.apply_chat_template([{"role": "user", "content": content}]) == "user:[<image>]w1<video>;"
 
     def test_text_only_template_is_extended(self):
         template = "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}{{ eos_token }}{% endfor %}"
