@@ -25,6 +25,7 @@ from .image_attention_probe import probe_image_attention
 from .image_processors import load_image_processor
 from .language_model_probe import probe_generation, probe_language_model
 from .model_sizes import num_positions
+from .native_views import fit_to_budget
 from .parts import PartSource, load_language_model, load_vision_tower, pretrained_name, source_name
 from .probe import probe_features
 from .projector_grid import check_projector_grid
@@ -177,6 +178,8 @@ def compose(
 
         check_projector_grid(projector_config, spec, any_grid=spec["any_size"] and settings is None)
         image_views = complete_views(settings, spec, projector_config, part.image_processor, part.size)
+        if image_views and image_views["type"] == "native":
+            fit_to_budget(image_views, spec, vision_tower, part.image_processor, part.layer)
         frames = complete_video_frames(video_frames, spec, projector_config)
         view_size = (image_views or {}).get("view_size")
         if view_size and not makes_one_size(part.image_processor, spec):

@@ -1,13 +1,26 @@
 """Pictures of their own size and proportions, within a budget of tokens: which towers take them, and in what steps."""
 
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from transformers.image_processing_utils import BaseImageProcessor
+
+from ..configuration.image_tokens import image_grid
+from ..configuration.image_views import plan_views
 from ..configuration.token_grids import token_grid
 from ..modeling.picture_inputs import PICTURE_INPUTS
+from ..modeling.vision_towers import call_vision_tower, read_features
+from ..processing.processing_anyvlm import grids_of_outputs
 from .errors import CompositionError
+from .running import device_of, in_mode
 
 
 #: A budget where none is given: 512 x 512 pixels with patches of 16, as many as the largest NaFlex SigLIP 2 was trained on.
 _MAX_TOKENS = 1024
 _KEYS = ("type", "max_tokens", "min_tokens")
+#: The most patches that are run through the tower to see whether it takes a picture of extreme proportions.
+_TRIED_PATCHES = 1024
 #: Grids by which is seen how many features along each side become one token.
 _GRIDS = ((1, 1), (2, 3), (7, 5), (40, 41))
 _LARGEST_FACTOR = 64
@@ -69,3 +82,57 @@ def _features_along_a_token(projector_config: dict) -> int | None:
 def _num_tokens(projector_config: dict, grid: tuple[int, int]) -> int:
     rows, columns = token_grid(projector_config, grid)
     return rows * columns
+
+
+def fit_to_budget(
+    image_views: dict,
+    spec: dict,
+    vision_tower: nn.Module,
+    processor: BaseImageProcessor,
+    layer: int | list[int] | None,
+) -> None:
+    """Let the image processor make room for the budget, and see that it and the tower take what is planned: a picture as
+    large as the budget, and two of extreme proportions.
+
+    Raises:
+        CompositionError: one of them does not.
+    """
+    edge, budget = image_views["cell_size"], image_views["max_tokens"]
+    if getattr(processor, "max_num_patches", None) is not None:  # it pads every picture to as many
+        processor.max_num_patches = budget * (edge // spec["patch"]["size"]) ** 2
+    strip = max(1, min(budget, _TRIED_PATCHES * spec["patch"]["size"] ** 2 // edge**2)) * edge
+    sizes = [plan_views(image_views, edge * budget, edge * budget).views[0].size, (edge, strip), (strip, edge)]
+    views = [Image.fromarray(np.zeros((*size, 3), dtype=np.uint8)) for size in sizes]
+    try:
+        found = grids_of_outputs(spec, processor(views, do_resize=False, return_tensors="pt"))
+    except Exception as error:  # noqa: BLE001 - a processor may fail in any way; what it said is reported
+        raise CompositionError(f"{_processor_message(processor)} ({_first_line(error)})") from error
+    if found != [image_grid(spec, *size) for size in sizes]:
+        raise CompositionError(_processor_message(processor))
+    outputs = processor(views[1:], do_resize=False, return_tensors="pt")
+    device = device_of(vision_tower)
+    tensors = {
+        key: outputs[key].to(device)
+        for key in PICTURE_INPUTS[spec["inputs"]].from_processor.values()
+        if key in outputs
+    }
+    pixel_values = outputs["pixel_values"].to(device, vision_tower.dtype)
+    try:
+        with torch.no_grad(), in_mode(vision_tower):
+            read_features(call_vision_tower(vision_tower, spec, pixel_values, layer, tensors), spec, found[1:])
+    except Exception as error:  # noqa: BLE001 - a tower may fail in any way; what it said is reported
+        raise CompositionError(
+            f"{type(vision_tower).__name__} does not take a picture of {strip}x{edge} pixels, which a budget of {budget} "
+            f"tokens allows ({_first_line(error)}). Lower max_tokens in views=…."
+        ) from error
+
+
+def _processor_message(processor: BaseImageProcessor) -> str:
+    return (
+        f'{type(processor).__name__} does not take pictures in the sizes that views="native" plans. Leave image_size and '
+        "image_processor out, or pass an image_processor that cuts patches for this tower, such as its family's."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]

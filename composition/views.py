@@ -14,7 +14,6 @@ from ..configuration.token_grids import token_grid
 from ..configuration.video_frames import video_settings
 from ..modeling.picture_inputs import PICTURE_INPUTS
 from ..processing.processing_anyvlm import grids_of_outputs
-from ..processing.view_cutting import cut_views
 from .errors import CompositionError
 from .native_views import native_settings
 
@@ -99,11 +98,6 @@ def complete_views(
         check_image_views(found)
     except ValueError as error:
         raise CompositionError(str(error)) from error
-    if found["type"] == "native" and not _takes_planned_sizes(Measured(spec, projector_config, found), processor):
-        raise CompositionError(
-            f'{type(processor).__name__} does not take pictures in the sizes that views="native" plans. Leave image_size '
-            "and image_processor out, or pass an image_processor that cuts patches for this tower, such as its family's."
-        )
     return found
 
 
@@ -174,14 +168,11 @@ def _takes_planned_sizes(measured: Measured, processor: BaseImageProcessor) -> b
     spec = measured.vision_tower_spec
     if not spec["any_size"] or not PICTURE_INPUTS[spec["inputs"]].from_processor:
         return False
-    for height, width in ((300, 300), (900, 700), (60, 1500)):
-        plan = plan_views(measured.image_views, height, width)
-        views = cut_views(Image.fromarray(np.zeros((height, width, 3), dtype=np.uint8)), plan)
-        try:
-            found = grids_of_outputs(spec, processor(views, do_resize=False, return_tensors="pt"))
-        except Exception as error:  # noqa: BLE001 - whatever fails there, the views are brought to one size
-            logger.warning("%s cannot take views of their own sizes (%s).", type(processor).__name__, error)
-            return False
-        if found != feature_grids(measured, plan):
-            return False
-    return True
+    plans = [plan_views(measured.image_views, height, width) for height, width in ((300, 300), (900, 700), (60, 1500))]
+    views = [Image.fromarray(np.zeros((*view.size, 3), dtype=np.uint8)) for plan in plans for view in plan.views]
+    try:
+        found = grids_of_outputs(spec, processor(views, do_resize=False, return_tensors="pt"))
+    except Exception as error:  # noqa: BLE001 - whatever fails there, the views are brought to one size
+        logger.warning("%s cannot take views of their own sizes (%s).", type(processor).__name__, error)
+        return False
+    return found == [grid for plan in plans for grid in feature_grids(measured, plan)]
