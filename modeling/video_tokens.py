@@ -66,5 +66,7 @@ def join_frames(
     pictures = zip(*join_pictures([tokens[view] for view in of_pictures], [grids[view] for view in of_pictures]))
     joined = []
     for span, video in zip(views_of_each, is_video):
-        joined.extend([pool_frame(tokens[view], grids[view], video_frames) for view in span] if video else [next(pictures)])
+        joined.extend(
+            [pool_frame(tokens[view], grids[view], video_frames) for view in span] if video else [next(pictures)]
+        )
     return [found for found, _ in joined], [grid for _, grid in joined]
