@@ -14,6 +14,7 @@ _MODULES = (
     "cohere_vision",
     "idefics3",
     "blip_2",
+    "mistral3",
 )
 
 

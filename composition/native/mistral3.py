@@ -1,0 +1,161 @@
+"""Mistral 3 (Mistral AI 2025): Pixtral's tower for pictures of any size, squares of patches merged, rows of tokens each with
+a token at its end."""
+
+import copy
+from typing import Any
+
+from transformers import Mistral3Config, PreTrainedConfig
+
+from ...configuration.configuration_anyvlm import AnyVlmConfig
+from ...processing.processing_anyvlm import AnyVlmProcessor
+from .family import NativeFamily, plain_embedding, require, text_part
+from .keys import Rename
+
+
+#: Edge in pixels of the picture with which such a tower is tried; its own largest would only take long.
+_EXAMPLE_EDGE = 448
+
+
+def example_size(vision_config: PreTrainedConfig, merge: int) -> tuple[int, int]:
+    """Pixels of a picture that a tower of any size takes and a projector can merge."""
+    unit = vision_config.patch_size * merge
+    edge = max(min(_EXAMPLE_EDGE, vision_config.image_size) // unit, 1) * unit
+    return edge, edge
+
+
+def merger_config(native: PreTrainedConfig, **settings) -> dict[str, Any]:
+    return {
+        "type": "patch_merger",
+        "scale_factor": native.spatial_merge_size,
+        "channel_order": "channels_first",
+        "norm": "rms_norm",
+        "norm_eps": native.text_config.rms_norm_eps,
+        "num_layers": 2,
+        **settings,
+    }
+
+
+def merger_rules(native_prefix: str) -> list[Rename]:
+    """The projector, from where the native model has it."""
+    ours = "multi_modal_projector."
+    return [
+        Rename(f"{native_prefix}norm.", f"{ours}features_norm."),
+        Rename(f"{native_prefix}patch_merger.merging_layer.", f"{ours}merging_layer."),
+        Rename(f"{native_prefix}linear_1.", f"{ours}layers.0."),
+        Rename(f"{native_prefix}linear_2.", f"{ours}layers.1."),
+    ]
+
+
+def require_merger(config: AnyVlmConfig, **fixed) -> dict[str, Any]:
+    """The projector's settings with their defaults, of a model that such a native class can be.
+
+    Args:
+        fixed: Settings that the native class cannot choose.
+
+    Raises:
+        Misfit: with each reason why it cannot.
+    """
+    spec = config.vision_tower_spec
+    defaults = {"scale_factor": 2, "num_layers": 2, "hidden_act": "gelu", "bias": True, "norm": "rms_norm"}
+    defaults |= {"channel_order": "channels_first"}
+    projector = defaults | config.projector_config
+    fixed = {"num_layers": 2, "norm": "rms_norm", "channel_order": "channels_first", **fixed}
+    known = {*defaults, "type", "in_features", "out_features", "hidden_features", "norm_eps"}
+    beyond = {name for name, value in projector.items() if name not in known and value}
+    width = getattr(config.text_config, "hidden_size", None)
+    inner = projector.get("hidden_features") or projector["out_features"]
+    eps = projector.get("norm_eps") or 1e-6
+    require(
+        *plain_embedding(config),
+        (projector["type"] == "patch_merger", "its projector is a patch_merger"),
+        *((projector[name] == value, f"its projector has {name}={value!r}") for name, value in fixed.items()),
+        (not beyond, f"its projector has no {', '.join(sorted(beyond))}"),
+        (inner == projector["out_features"] == width, "its projector's layers are as wide as the language model"),
+        (
+            eps == getattr(config.text_config, "rms_norm_eps", None),
+            "its projector's norm has the rms_norm_eps of the language model",
+        ),
+        (
+            spec["inputs"] == "sized_pictures" and spec["merge_size"] == 1,
+            "its tower takes pictures of their own size with image_sizes (pixtral)",
+        ),
+        (set(spec["call_kwargs"]) <= {"return_dict"}, f"it calls its tower without {spec['call_kwargs']}"),
+    )
+    return projector
+
+
+def pictures_in_units(image_processor: Any, unit: int) -> Any:
+    """A copy of Pixtral's image processor that makes each edge of a picture a multiple of `unit` pixels."""
+    image_processor = copy.deepcopy(image_processor)
+    image_processor.patch_size = {"height": unit, "width": unit}
+    return image_processor
+
+
+def _read_config(native: Mistral3Config) -> dict[str, Any]:
+    return {
+        "vision_config": copy.deepcopy(native.vision_config),
+        "text_config": text_part(native),
+        "projector_config": merger_config(
+            native, hidden_act=native.projector_hidden_act, bias=native.multimodal_projector_bias
+        ),
+        "image_token_id": native.image_token_index,
+        "vision_feature_layer": native.vision_feature_layer,
+        "image_size": example_size(native.vision_config, native.spatial_merge_size),
+    }
+
+
+def _write_config(config: AnyVlmConfig) -> Mistral3Config:
+    projector, layer = require_merger(config), config.vision_feature_layer
+    require((layer is None or isinstance(layer, int), "it reads one layer of the tower"))
+    return Mistral3Config(
+        vision_config=copy.deepcopy(config.vision_config),
+        text_config=copy.deepcopy(config.text_config),
+        image_token_index=config.image_token_id,
+        projector_hidden_act=projector["hidden_act"],
+        multimodal_projector_bias=projector["bias"],
+        spatial_merge_size=projector["scale_factor"],
+        vision_feature_layer=-1 if layer is None else layer,
+        tie_word_embeddings=bool(config.text_config.tie_word_embeddings),
+    )
+
+
+def read_pixtral_processor(native, config: AnyVlmConfig) -> dict[str, Any]:
+    """`PixtralProcessor` tells its image processor at every call of which edge a picture must be a multiple."""
+    return {
+        "image_processor": pictures_in_units(native.image_processor, native.patch_size * native.spatial_merge_size),
+        "image_token": native.image_token,
+        "image_text": {"line_end": native.image_break_token, "last_line_end": native.image_end_token},
+    }
+
+
+def write_pixtral_processor(processor: AnyVlmProcessor, native, config: AnyVlmConfig) -> dict[str, Any]:
+    text = processor.image_text or {}
+    require(
+        (set(text) == {"line_end", "last_line_end"}, "its pictures are rows of tokens, each with a token at its end")
+    )
+    patch = native.vision_config.patch_size
+    return {
+        "image_processor": pictures_in_units(processor.image_processor, patch),
+        "patch_size": patch,
+        "spatial_merge_size": getattr(native, "spatial_merge_size", 1),
+        "image_token": processor.image_token,
+        "image_break_token": text["line_end"],
+        "image_end_token": text["last_line_end"],
+    }
+
+
+FAMILIES = (
+    NativeFamily(
+        model_type="mistral3",
+        model_class="Mistral3ForConditionalGeneration",
+        processor_class="PixtralProcessor",
+        read_config=_read_config,
+        write_config=_write_config,
+        rules=lambda native: [
+            Rename("model.vision_tower.", "vision_tower."),
+            *merger_rules("model.multi_modal_projector."),
+        ],
+        read_processor=read_pixtral_processor,
+        write_processor=write_pixtral_processor,
+    ),
+)
