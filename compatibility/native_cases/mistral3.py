@@ -25,10 +25,9 @@ def pixtral_processor_class() -> type[ProcessorMixin]:
         missing = f"{package}.image_processing_pixtral"
         sys.modules[missing] = importlib.import_module(f"{package}.image_processing_pil_pixtral")
         try:
-            module = importlib.import_module(f"{package}.processing_pixtral")
+            return importlib.import_module(f"{package}.processing_pixtral").PixtralProcessor
         finally:
             del sys.modules[missing]
-        transformers.PixtralProcessor = module.PixtralProcessor  # a placeholder that raises, otherwise
     return transformers.PixtralProcessor
 
 

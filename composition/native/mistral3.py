@@ -10,6 +10,7 @@ from ...configuration.configuration_anyvlm import AnyVlmConfig
 from ...processing.processing_anyvlm import AnyVlmProcessor
 from .family import NativeFamily, plain_embedding, require, text_part
 from .keys import Rename
+from .projector_arguments import FREE, projector_arguments, same_projector
 
 
 #: Edge in pixels of the picture with which such a tower is tried; its own largest would only take long.
@@ -23,16 +24,12 @@ def example_size(vision_config: PreTrainedConfig, merge: int) -> tuple[int, int]
     return edge, edge
 
 
+_MERGER = {"type": "patch_merger", "channel_order": "channels_first", "norm": "rms_norm", "num_layers": 2}
+
+
 def merger_config(native: PreTrainedConfig, **settings) -> dict[str, Any]:
-    return {
-        "type": "patch_merger",
-        "scale_factor": native.spatial_merge_size,
-        "channel_order": "channels_first",
-        "norm": "rms_norm",
-        "norm_eps": native.text_config.rms_norm_eps,
-        "num_layers": 2,
-        **settings,
-    }
+    eps = native.text_config.rms_norm_eps
+    return {**_MERGER, "scale_factor": native.spatial_merge_size, "norm_eps": eps, **settings}
 
 
 def merger_rules(native_prefix: str) -> list[Rename]:
@@ -46,42 +43,28 @@ def merger_rules(native_prefix: str) -> list[Rename]:
     ]
 
 
-def require_merger(config: AnyVlmConfig, **fixed) -> dict[str, Any]:
-    """The projector's settings with their defaults, of a model that such a native class can be.
+def require_merger(config: AnyVlmConfig, **expected) -> dict[str, Any]:
+    """All arguments of the projector, of a model that such a native class can be.
 
     Args:
-        fixed: Settings that the native class cannot choose.
+        expected: Arguments beyond those of `merger_config`.
 
     Raises:
         Misfit: with each reason why it cannot.
     """
-    spec = config.vision_tower_spec
-    defaults = {"scale_factor": 2, "num_layers": 2, "hidden_act": "gelu", "bias": True, "norm": "rms_norm"}
-    defaults |= {"channel_order": "channels_first"}
-    projector = defaults | config.projector_config
-    fixed = {"num_layers": 2, "norm": "rms_norm", "channel_order": "channels_first", **fixed}
-    known = {*defaults, "type", "in_features", "out_features", "hidden_features", "norm_eps"}
-    beyond = {name for name, value in projector.items() if name not in known and value}
-    width = getattr(config.text_config, "hidden_size", None)
-    inner = projector.get("hidden_features") or projector["out_features"]
-    eps = projector.get("norm_eps") or 1e-6
+    spec, text_config = config.vision_tower_spec, config.text_config
+    eps, width = (getattr(text_config, name, None) for name in ("rms_norm_eps", "hidden_size"))
+    projector = {**_MERGER, "scale_factor": FREE, "norm_eps": eps, "hidden_features": [width], **expected}
     require(
         *plain_embedding(config),
-        (projector["type"] == "patch_merger", "its projector is a patch_merger"),
-        *((projector[name] == value, f"its projector has {name}={value!r}") for name, value in fixed.items()),
-        (not beyond, f"its projector has no {', '.join(sorted(beyond))}"),
-        (inner == projector["out_features"] == width, "its projector's layers are as wide as the language model"),
-        (
-            eps == getattr(config.text_config, "rms_norm_eps", None),
-            "its projector's norm has the rms_norm_eps of the language model",
-        ),
+        *same_projector(config.projector_config, projector),
         (
             spec["inputs"] == "sized_pictures" and spec["merge_size"] == 1,
             "its tower takes pictures of their own size with image_sizes (pixtral)",
         ),
         (set(spec["call_kwargs"]) <= {"return_dict"}, f"it calls its tower without {spec['call_kwargs']}"),
     )
-    return projector
+    return projector_arguments(config.projector_config)
 
 
 def pictures_in_units(image_processor: Any, unit: int) -> Any:
@@ -105,7 +88,8 @@ def _read_config(native: Mistral3Config) -> dict[str, Any]:
 
 
 def _write_config(config: AnyVlmConfig) -> Mistral3Config:
-    projector, layer = require_merger(config), config.vision_feature_layer
+    projector = require_merger(config, hidden_act=FREE, bias=FREE)
+    layer = config.vision_feature_layer
     require((layer is None or isinstance(layer, int), "it reads one layer of the tower"))
     return Mistral3Config(
         vision_config=copy.deepcopy(config.vision_config),
@@ -149,6 +133,7 @@ FAMILIES = (
         model_type="mistral3",
         model_class="Mistral3ForConditionalGeneration",
         processor_class="PixtralProcessor",
+        processor_needs=("torchvision",),
         read_config=_read_config,
         write_config=_write_config,
         rules=lambda native: [
