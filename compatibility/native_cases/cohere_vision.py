@@ -52,7 +52,7 @@ class Cohere2VisionImageProcessorPil(GotOcr2ImageProcessorPil):
         return tiles if len(tiles) == 1 else [*tiles, self.resize(image, patch_size, resample=resample)]
 
 
-_AYA_TOKENS = (
+AYA_TOKENS = (
     "<image>",
     "<|START_OF_IMG|>",
     "<|END_OF_IMG|>",
@@ -63,7 +63,7 @@ _AYA_TOKENS = (
 
 
 def _aya_config(tied: bool, vision_class=SiglipVisionConfig, **settings) -> AyaVisionConfig:
-    tokenizer = case_tokenizer(*_AYA_TOKENS)
+    tokenizer = case_tokenizer(*AYA_TOKENS)
     return AyaVisionConfig(
         vision_config=vision_class(**VISION),
         text_config=Cohere2Config(**TEXT, vocab_size=len(tokenizer), logit_scale=0.25, sliding_window=16),
@@ -77,7 +77,7 @@ def _aya_processor(config: AyaVisionConfig) -> AyaVisionProcessor:
     edge = config.vision_config.image_size
     return AyaVisionProcessor(
         image_processor=GotOcr2ImageProcessorPil(size={"height": edge, "width": edge}, max_patches=6),
-        tokenizer=case_tokenizer(*_AYA_TOKENS),
+        tokenizer=case_tokenizer(*AYA_TOKENS),
         img_size=edge,
         patch_size=config.vision_config.patch_size,
         downsample_factor=config.downsample_factor,

@@ -18,7 +18,7 @@ from .llava import TEXT, VISION
 
 
 _EDGE, _LONGEST_EDGE = VISION["image_size"], 3 * VISION["image_size"]
-_TOKENS = (
+TOKENS = (
     "<image>",
     "<fake_token_around_image>",
     "<global-img>",
@@ -49,10 +49,10 @@ class ImagesOnlySmolVLMProcessor(SmolVLMProcessor):
         return ProcessorMixin.apply_chat_template(self, *args, **kwargs)
 
 
-def _config(config_class, tied: bool, **settings):
-    tokenizer = case_tokenizer(*_TOKENS)
+def _config(config_class, tied: bool, patch_size: int = 8, **settings):
+    tokenizer = case_tokenizer(*TOKENS)
     return config_class(
-        vision_config=VISION,
+        vision_config={**VISION, "patch_size": patch_size},
         text_config=LlamaConfig(**{**TEXT, "max_position_embeddings": 2048}, vocab_size=len(tokenizer)),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         pad_token_id=TEXT["pad_token_id"],
@@ -66,8 +66,8 @@ def _processor(processor_class, image_processor_class, config, **settings):
         image_processor=image_processor_class(
             size={"longest_edge": _LONGEST_EDGE}, max_image_size={"longest_edge": _EDGE}, **settings
         ),
-        tokenizer=case_tokenizer(*_TOKENS),
-        image_seq_len=(_EDGE // VISION["patch_size"] // config.scale_factor) ** 2,
+        tokenizer=case_tokenizer(*TOKENS),
+        image_seq_len=(_EDGE // config.vision_config.patch_size // config.scale_factor) ** 2,
         chat_template=chat_template(),
     )
 
@@ -93,7 +93,8 @@ CASES = (
     ),
     NativeCase(
         "smolvlm",
-        lambda tied: _config(SmolVLMConfig, tied),
+        # Older versions of the class need a multiple of patch_size tokens for each view.
+        lambda tied: _config(SmolVLMConfig, tied, patch_size=4),
         lambda config: _processor(ImagesOnlySmolVLMProcessor, SmolVLMImageProcessorPil, config),
         pixel_values=_views,
     ),

@@ -133,8 +133,8 @@ def processor_to_native(
     """
     if missing := family.missing_packages():
         raise CompositionError(
-            f"transformers makes a {family.processor_class} only where {' and '.join(missing)} are installed. Install them, "
-            "or call to_native(model, None) for the model alone"
+            f"{family.processor_class} needs {' and '.join(missing)}, not installed here. Install what is missing, or call "
+            "to_native(model, None) for the model alone."
         )
     arguments = {
         "image_processor": copy.deepcopy(processor.image_processor),
