@@ -40,6 +40,6 @@ def _resized(stages: dict[tuple, Image.Image], resizes: tuple, resample: Image.R
 
 
 def _laid_on_black(picture: Image.Image, height: int, width: int) -> Image.Image:
-    canvas = Image.new("RGB", (width, height))
+    canvas = Image.new(picture.mode, (width, height))
     canvas.paste(picture, ((width - picture.width) // 2, (height - picture.height) // 2))
     return canvas
