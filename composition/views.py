@@ -155,11 +155,8 @@ def _takes_grid(projector_config: dict, edge: int) -> bool:
 
 def fewest_and_most_tokens(measured: Measured) -> tuple[int, int]:
     """Tokens of the pictures that take fewest and most, among pictures of several sizes and proportions."""
-    counts = [
-        num_image_tokens(measured, height, width)
-        for edge in (32, 512, 4096)
-        for height, width in ((edge, edge), (edge, edge // 2), (edge // 2, edge), (edge // 4, edge), (edge, edge // 4))
-    ]
+    edges = (32, 128, 384, 512, 683, 1024, 1366, 2048, 4096)
+    counts = [num_image_tokens(measured, height, width) for height in edges for width in edges]
     return min(counts), max(counts)
 
 
