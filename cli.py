@@ -89,7 +89,7 @@ def _bytes(text: str) -> int:
     return size
 
 
-def _projector(text: str) -> str | dict:
+def _name_or_json(text: str) -> str | dict:
     """A name as it is; a JSON object to a dict."""
     if not text.lstrip().startswith("{"):
         return text
@@ -118,6 +118,13 @@ ProjectorOption = Annotated[
     str,
     typer.Option(help='Projector between the parts: a name, or JSON, such as \'{"type": "mlp", "num_layers": 3}\'.'),
 ]
+ViewsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="How a picture is shown to the tower: resize, tiles or slices, or JSON, such as "
+        '\'{"type": "tiles", "layout": "dynamic", "max_tiles": 6}\'.'
+    ),
+]
 ImageSizeOption = Annotated[
     str | None,
     typer.Option(metavar="EDGE|HxW", help="Pixels of a picture, such as 224 or 32x64 (height x width)."),
@@ -141,6 +148,7 @@ def compose(
     further_towers: FurtherTowersOption = None,
     vision_fusion: VisionFusionOption = VisionFusion.channel,
     projector: ProjectorOption = "mlp",
+    views: ViewsOption = None,
     image_size: ImageSizeOption = None,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of all weights; auto is the language model's own.")] = Dtype.auto,
     tokenizer: Annotated[
@@ -166,7 +174,8 @@ def compose(
             f"{output} is not empty; choose another, or add --overwrite.", param_hint="'--output'"
         )
     arguments = {
-        "projector": _projector(projector),
+        "projector": _name_or_json(projector),
+        "views": None if views is None else _name_or_json(views),
         "image_size": _image_size(image_size),
         "vision_fusion": vision_fusion.value,
     }
@@ -200,7 +209,7 @@ def compose(
     console = Console()
     console.print(table)
     height, width = description["picture_size"]
-    others = "" if description["one_size"] else " Pictures keep their own sizes: others take more or fewer."
+    others = "" if description["one_size"] else " Of another size or shape it takes more or fewer."
     console.print(f"A picture of {height}x{width} pixels takes {description['tokens_per_picture']} tokens.{others}")
     typer.echo(f"Saved to {output}")
 
@@ -303,7 +312,7 @@ def demo(
 
     Example: anyvlm demo --vision facebook/dinov2-small --text HuggingFaceTB/SmolLM2-135M-Instruct
     """
-    arguments = {"projector": _projector(projector), "image_size": _image_size(image_size)}
+    arguments = {"projector": _name_or_json(projector), "image_size": _image_size(image_size)}
     _calm_transformers()
     try:
         from anyvlm.demo.run import Parts, recipe_for, run_demo
@@ -353,7 +362,7 @@ def check(
     Example: anyvlm check siglip xlnet --json
     """
     arguments = {
-        "projector": _projector(projector),
+        "projector": _name_or_json(projector),
         "image_size": _image_size(image_size),
         "vision_fusion": vision_fusion.value,
     }

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..configuration.image_views import has_several_views
 from ..processing.processing_anyvlm import makes_one_size
 
 
@@ -29,5 +30,5 @@ def describe_parts(model, processor) -> dict[str, Any]:
         },
         "picture_size": list(spec["image_size"]),
         "tokens_per_picture": example,
-        "one_size": makes_one_size(processor.image_processor, spec),
+        "one_size": not has_several_views(processor.image_views) and makes_one_size(processor.image_processor, spec),
     }

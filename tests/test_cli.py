@@ -161,6 +161,8 @@ def bad_inputs(parts, tmp_path):
         "zero size": (["compose", tower, language_model, *output, "--image-size", "0"], 2, "32x64"),
         "projector": (["compose", tower, language_model, *output, "--projector", "magic"], 1, "mlp"),
         "projector's JSON": (["compose", tower, language_model, *output, "--projector", "{mlp}"], 2, "JSON"),
+        "views": (["compose", tower, language_model, *output, "--views", "mosaic"], 1, "Unknown views 'mosaic'"),
+        "views' JSON": (["compose", tower, language_model, *output, "--views", "{tiles}"], 2, "JSON"),
         "projector's argument": (
             ["compose", tower, language_model, *output, "--projector", '{"type": "mlp", "depth": 3}'],
             1,
