@@ -18,6 +18,8 @@ import anyvlm
 
 from ..composition.compose import embedding_rms
 from ..composition.parts import load_language_model
+from ..modeling.cross_attention import TanhGate
+from ..modeling.gated_fusion import GatedFusion
 from .bare_language_model import bare_cache_works, bare_padding_works
 from .tiny_tokenizer import make_sensitive, tiny_tokenizer
 
@@ -79,6 +81,8 @@ class ComposedModel:
             **compose_arguments,
         )
         make_sensitive(self.model.vision_tower, seed=3 * seed + 2)
+        if self.model.fusion is not None:
+            set_gates(self.model.fusion, 0.7)  # closed ones would hide whatever goes astray
         self._fit_batch_norms()
         self._match_embedding_scale()
 
@@ -162,7 +166,8 @@ class ComposedModel:
         self.model.train()
         try:
             plain = self._gradients(inputs, labels)
-            for part in ("vision_tower.", "multi_modal_projector.", "language_model."):
+            new_parts = ("multi_modal_projector.", *(("fusion.",) if self.model.fusion is not None else ()))
+            for part in ("vision_tower.", "language_model.", *new_parts):
                 total = sum(gradient.abs().sum() for name, gradient in plain.items() if name.startswith(part))
                 require(0 < total < float("inf"), f"{part[:-1]} gets no gradient")
             if self.checkpointing_parts():
@@ -180,7 +185,7 @@ class ComposedModel:
             self.model.language_model.requires_grad_(False)
             names = set(self._gradients(inputs, labels))
             require(names, "the projector gets no gradient when the other parts are frozen")
-            require(all(name.startswith("multi_modal_projector.") for name in names), "frozen parts get gradients")
+            require(all(name.startswith(new_parts) for name in names), "frozen parts get gradients")
         finally:
             self.model.gradient_checkpointing_disable()
             self.model.requires_grad_(True)
@@ -334,7 +339,11 @@ class ComposedModel:
         )
 
     def check_embeddings_equal_ids(self) -> None:
-        """Image tokens that are the embeddings of words give what those words' ids would: nothing is lost or scaled."""
+        """Image tokens that are the embeddings of words give what those words' ids would: nothing is lost or scaled. With a
+        fusion that puts no tokens into the text: closed gates give the language model's own logits for the ids."""
+        if self.model.fusion is not None:
+            self._check_closed_gates()
+            return
         inputs = self.one_picture()
         ids = inputs["input_ids"]
         image_mask = ids == self.model.config.image_token_id
@@ -354,6 +363,38 @@ class ComposedModel:
             first = int(image_mask[0].nonzero()[0])
             as_image, expected = as_image[:, :first], expected[:, :first]
         torch.testing.assert_close(as_image, expected, rtol=1e-4, atol=1e-4)
+
+    @torch.no_grad()
+    def _check_closed_gates(self) -> None:
+        inputs = self.one_picture()
+        gates = {name: tensor.clone() for name, tensor in self.model.fusion.state_dict().items() if "gate" in name}
+        set_gates(self.model.fusion, 0.0)
+        try:
+            found = self.logits(inputs)
+        finally:
+            self.model.fusion.load_state_dict(gates, strict=False)
+        offset = self.model.language_model_interface.spec["position_offset"]
+        arguments = {"attention_mask": inputs["attention_mask"]}
+        if offset is not None:
+            arguments["position_ids"] = torch.arange(inputs["input_ids"].shape[1]).unsqueeze(0) + offset
+        expected = self.model.language_model(input_ids=inputs["input_ids"], **arguments).logits
+        if (
+            self.model.fusion.changes_embeddings
+        ):  # a sigmoid is never quite closed, and embeddings are scaled otherwise
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        else:
+            difference = (found - expected).abs().max()
+            require(difference == 0, f"with closed gates the logits differ by {difference:.2g}")
+
+
+@torch.no_grad()
+def set_gates(fusion: nn.Module, openness: float) -> None:
+    """Set the gates of a fusion: 0 closes them. A tanh gate gets the value, a sigmoid gate is closed by its bias."""
+    for module in fusion.modules():
+        if isinstance(module, TanhGate):
+            module.gate.fill_(openness)
+        elif isinstance(module, GatedFusion):
+            module.gate.bias.fill_(2.0 if openness else -100.0)
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor) -> float:

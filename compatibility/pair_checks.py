@@ -98,7 +98,7 @@ def check_pair(vision_type: str, text_type: str, seed: int = 0) -> PairResult:
             new_tokens=3,
         )
     except (CompositionError, ImportError) as error:
-        missing = _missing_library(error)
+        missing = missing_library(error)
         result.status = NOT_TRIED if missing else REFUSED
         result.reason = missing or one_line(error)
     except Exception as error:  # noqa: BLE001 - that something unforeseen happened is what the table must say
@@ -123,7 +123,7 @@ def one_line(error: BaseException, limit: int = 400) -> str:
     return message if len(message) <= limit else message[: limit - 1] + "…"
 
 
-def _missing_library(error: BaseException | None) -> str | None:
+def missing_library(error: BaseException | None) -> str | None:
     """What to install, if an error comes of a library that transformers needs for a type and that is not here."""
     while error is not None:
         if isinstance(error, ImportError):

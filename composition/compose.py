@@ -16,14 +16,17 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..configuration.configuration_anyvlm import FUSIONS, IMAGE_ATTENTIONS, AnyVlmConfig
 from ..configuration.image_tokens import num_tokens_of_grid
 from ..configuration.image_views import has_newline
+from ..modeling.fusion import build_fusion
 from ..modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
+from ..modeling.picture_states import PictureStates
 from ..modeling.projectors import build_projector
 from ..processing.processing_anyvlm import AnyVlmProcessor, grids_of_sizes, makes_one_size
 from .chat_templates import chat_template_with_images
+from .decoder_layers import complete_fusion_config
 from .errors import CompositionError
 from .image_attention_probe import probe_image_attention
 from .image_processors import load_image_processor
-from .language_model_probe import probe_generation, probe_language_model
+from .language_model_probe import plain_words, probe_generation, probe_language_model
 from .model_sizes import num_positions
 from .native_views import fit_to_budget
 from .parts import PartSource, load_language_model, load_vision_tower, pretrained_name, source_name
@@ -51,7 +54,7 @@ def compose(
     audio: PartSource | None = None,
     *,
     projector: str | dict = "mlp",
-    fusion: str = "embed",
+    fusion: str | dict = "embed",
     image_attention: str = "causal",
     views: str | dict | None = None,
     video_frames: dict | None = None,
@@ -82,6 +85,8 @@ def compose(
         projector: `"linear"`, `"mlp"`, `"pixel_shuffle"`, `"avg_pool"`, `"patch_merger"`, `"conv"`, `"resampler"`,
             `"qformer"`, or a dict with `type` and arguments (`modeling/projectors.py`).
         fusion: `"embed"`: image tokens take the place of placeholders in the language model's input.
+            `"cross_attention"`: text attends to them in layers before every 4th decoder layer. `"gated"`: each text
+            embedding attends to them. Or a dict with `type` and arguments (`modeling/fusion.py`).
         image_attention: `"causal"`: image tokens see what comes before them, as text does. `"bidirectional"`: also the rest
             of their picture. `"prefix"`: all of the prompt sees all of it; only the answer is causal.
         views: How a picture is shown to the tower: `"resize"`, whole and in one size (or in its own, if the image
@@ -119,6 +124,8 @@ def compose(
     """
     if audio is not None or feature_extractor is not None:
         raise CompositionError("Audio towers are not supported yet. Leave out audio=… and feature_extractor=….")
+    fusion_arguments = {"type": fusion} if isinstance(fusion, str) else dict(fusion)
+    fusion = fusion_arguments.pop("type", None)
     if fusion not in FUSIONS:
         raise CompositionError(f"Unknown fusion {fusion!r}. Choose one of: {', '.join(FUSIONS)}.")
     if image_attention not in IMAGE_ATTENTIONS:
@@ -130,6 +137,8 @@ def compose(
             f"With fusion={fusion!r} there are no image tokens in the text, so image_attention={image_attention!r} has "
             'nothing to act on. Use image_attention="causal".'
         )
+    if fusion == "embed" and fusion_arguments:
+        raise CompositionError(f"fusion 'embed' takes no arguments, but got {fusion_arguments}.")
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
     projector_config = {"type": projector} if isinstance(projector, str) else dict(projector)
@@ -186,7 +195,9 @@ def compose(
             part.image_processor, part.size = load_image_processor(
                 image_processor, sources[0], vision_tower, tuple(view_size), trust_remote_code
             )
-        if image_views is None:
+        if fusion != "embed":
+            fewest = most = 1
+        elif image_views is None:
             grid = grids_of_sizes(part.image_processor, spec, [part.size])[0]
             fewest = most = num_tokens_of_grid(projector_config, grid)
         else:
@@ -198,6 +209,10 @@ def compose(
             "out_features": embedding_width,
             **projector_config,
         }
+        image_fusion_config = None
+        if fusion != "embed":
+            widths = (embedding_width, projector_config["out_features"])
+            image_fusion_config = complete_fusion_config(fusion, fusion_arguments, language_model, widths)
         for config in (*(tower.config for tower in towers), vision_tower.config, language_model.config):
             config.dtype = dtype
             config.name_or_path = ""
@@ -209,6 +224,7 @@ def compose(
             language_model_spec=language_model_spec,
             projector_config=projector_config,
             fusion=fusion,
+            image_fusion_config=image_fusion_config,
             image_views=image_views,
             video_frames=frames,
             image_token_id=image_token_id,
@@ -235,6 +251,7 @@ def compose(
         image_views=image_views,
         video_token=video_token,
         video_frames=frames,
+        fusion=fusion,
     )
     return model.eval(), processor
 
@@ -246,9 +263,14 @@ def _assemble(config: AnyVlmConfig, vision_tower: nn.Module, language_model: nn.
     model.vision_tower, model.config.vision_config = vision_tower, vision_tower.config
     model.language_model, model.config.text_config = language_model, language_model.config
     projector = build_projector(config.projector_config)
-    for module in projector.modules():
-        model._init_weights(module)
+    fusion = build_fusion(config.fusion, config.image_fusion_config)
+    for part in (projector, fusion):
+        for module in part.modules() if part is not None else ():
+            model._init_weights(module)
     model.multi_modal_projector = projector.to(language_model.device, config.dtype)
+    if fusion is not None:
+        model.fusion = fusion.to(language_model.device, config.dtype)
+        model.attach_fusion()
     if has_newline(config.image_views):
         model.image_newline = nn.Parameter(
             model.image_newline.new_empty(len(model.image_newline), dtype=config.dtype, device=language_model.device)
@@ -276,6 +298,22 @@ def _match_embedding_scale(model: AnyVlmForConditionalGeneration, features: torc
     scale = rms / tokens.square().mean().sqrt().clamp(min=1e-12)
     projector.output_layer.weight.mul_(scale)
     projector.to(dtype)
+    if model.fusion is not None and model.fusion.changes_embeddings:
+        _match_gathered_scale(model, tokens * scale)
+
+
+def _match_gathered_scale(model: AnyVlmForConditionalGeneration, tokens: torch.Tensor) -> None:
+    """The same for what text gathers from pictures, where that is mixed into the embeddings.
+
+    Args:
+        tokens: Of some pictures, `(num_pictures, num_tokens, width)`.
+    """
+    num_pictures = len(tokens)
+    words = plain_words(model.language_model, 8 * num_pictures).view(num_pictures, 8)
+    states = PictureStates.from_pictures(list(tokens), torch.arange(8, device=words.device).expand_as(words) == 0)
+    gathered, _ = model.fusion.gather(model.get_input_embeddings()(words), states, "sdpa")
+    rms = gathered.float().square().mean().sqrt().clamp(min=1e-12)
+    model.fusion.output_layer.weight.mul_(embedding_rms(model.language_model) / rms)
 
 
 def _cast(part: nn.Module, dtype: torch.dtype) -> None:

@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 #: Version of the code in this folder, written into every checkpoint. The package's version is the same number.
 CODE_VERSION = "0.1.0"
 
-FUSIONS = ("embed",)
+FUSIONS = ("embed", "cross_attention", "gated")
 IMAGE_ATTENTIONS = ("causal", "bidirectional", "prefix")
 FEATURE_SELECT_STRATEGIES = ("default", "full")
 
@@ -36,6 +36,11 @@ class AnyVlmConfig(PreTrainedConfig):
             cannot do (padding, cache) and by which conventions it is called. `None`: the usual ones.
         projector_config: `{"type": …, "in_features": …, "out_features": …, …}`, see `modeling/projectors.py`.
         fusion: How image features reach the language model. `"embed"`: they replace the embeddings of placeholders.
+            `"cross_attention"`: tanh-gated layers before every k-th decoder layer (`modeling/cross_attention.py`).
+            `"gated"`: a sigmoid gate mixes them into each text embedding (`modeling/gated_fusion.py`). With the last two
+            a picture has one placeholder in the text.
+        image_fusion_config: Arguments of the fusion's class; `None` for `"embed"`. (A config's `fusion_config` is
+            transformers' own, for fused kernels.)
         image_token_id: The one token that holds the place of image features in `input_ids`.
         vision_feature_layer: `None` for the tower's `last_hidden_state`, an index into its `hidden_states`, or a list
             of such indices whose features are concatenated by channel (LLaVA's convention).
@@ -65,6 +70,7 @@ class AnyVlmConfig(PreTrainedConfig):
     language_model_spec: dict | None = None
     projector_config: dict | None = None
     fusion: str = "embed"
+    image_fusion_config: dict | None = None
     image_token_id: int | None = None
     vision_feature_layer: int | list[int] | None = None
     vision_feature_select_strategy: str = "default"

@@ -209,9 +209,11 @@ def num_image_tokens(config: Any, height: int, width: int) -> int:
     """Number of image tokens that a picture of `height` x `width` pixels takes in the language model's input.
 
     Args:
-        config: Anything with `vision_tower_spec`, `projector_config` and `image_views`: the model's config or the
-            processor.
+        config: Anything with `vision_tower_spec`, `projector_config`, `image_views` and, unless it is `"embed"`, `fusion`:
+            the model's config or the processor.
     """
+    if getattr(config, "fusion", "embed") != "embed":
+        return 1
     plan = plan_views(config.image_views, height, width)
     grids = [token_grid(config.projector_config, grid) for grid in feature_grids(config, plan)]
     return num_joined_tokens(config.image_views, plan, grids, height, width)

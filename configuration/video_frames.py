@@ -171,9 +171,11 @@ def num_video_tokens(config: Any, num_frames: int, height: int, width: int) -> i
     """Number of tokens of a video of which `num_frames` frames of `height` x `width` pixels are looked at.
 
     Args:
-        config: Anything with `vision_tower_spec`, `projector_config`, `image_views` and `video_frames`: the model's config
-            or the processor.
+        config: Anything with `vision_tower_spec`, `projector_config`, `image_views`, `video_frames` and, unless it is
+            `"embed"`, `fusion`: the model's config or the processor.
     """
+    if getattr(config, "fusion", "embed") != "embed":
+        return 1 if takes_clips(config.vision_tower_spec) else num_frames
     grid = feature_grids(config, frame_view(config.image_views, height, width))[0]
     tokens = num_frame_tokens(video_settings(config), token_grid(config.projector_config, grid))
     return tokens if takes_clips(config.vision_tower_spec) else num_frames * tokens

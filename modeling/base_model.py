@@ -16,7 +16,9 @@ from ..configuration.image_views import has_newline, has_several_views
 from ..configuration.instructions import instruction_arguments
 from ..configuration.tile_layouts import PictureViews
 from ..configuration.video_frames import video_settings
+from .cross_attention import TanhGate
 from .fused_vision_towers import build_vision_part
+from .fusion import FusionMixin, build_fusion, cached_length
 from .image_attention import image_attention_masks
 from .image_positions import positions_on_axes
 from .language_models import (
@@ -29,6 +31,7 @@ from .language_models import (
 from .norms import RmsNorm
 from .parts import restore_computed_tensors, trusted_config
 from .picture_inputs import IMAGE_INPUTS
+from .picture_states import PictureStates
 from .projectors import build_projector
 from .video_tokens import check_frames, join_frames
 from .view_joining import check_views, join_views
@@ -46,7 +49,7 @@ class AnyVlmImageFeatures(BaseModelOutputWithPooling):
     token_grids: list[tuple[int, int] | None] | None = None
 
 
-class AnyVlmModel(PreTrainedModel):
+class AnyVlmModel(FusionMixin, PreTrainedModel):
     """The parts and how they are joined, without loss and generation. `forward` returns the last hidden states.
 
     The causal LM is held whole, at top level: its head, loss, caches and tied weights stay its own, and its weights
@@ -63,6 +66,7 @@ class AnyVlmModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _no_split_modules = ("CrossAttentionLayer",)
 
     def __init__(self, config: AnyVlmConfig):
         super().__init__(config)
@@ -76,6 +80,8 @@ class AnyVlmModel(PreTrainedModel):
         if has_newline(config.image_views):
             self.image_newline = nn.Parameter(torch.empty(config.projector_config["out_features"]))
         self.language_model = build_language_model(config.text_config)
+        self.fusion = build_fusion(config.fusion, config.image_fusion_config)
+        self.attach_fusion()
         self._check_widths()
         self.language_model_interface = LanguageModelInterface(self.language_model, config.language_model_spec)
         self.supports_gradient_checkpointing = (
@@ -89,14 +95,14 @@ class AnyVlmModel(PreTrainedModel):
         self._no_split_modules = {name for name in self._no_split_modules if name in present}
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Only the projector and the newline are ours; the parts initialise themselves."""
+        """Only the projector, the newline and the fusion are ours; the parts initialise themselves."""
         if module is self and has_newline(self.config.image_views):
             nn.init.normal_(self.image_newline, std=len(self.image_newline) ** -0.5)
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, (nn.Conv2d, nn.LayerNorm, RmsNorm)):
+        elif isinstance(module, (nn.Conv2d, nn.LayerNorm, RmsNorm, TanhGate)):
             module.reset_parameters()
 
     @torch.no_grad()
@@ -118,6 +124,14 @@ class AnyVlmModel(PreTrainedModel):
                 f"{spec['hidden_size']}. Set projector_config['in_features'] to {spec['hidden_size']}, or compose "
                 "again and leave it out: it is measured."
             )
+        if self.fusion is not None:
+            expected = self.config.image_fusion_config["image_features"]
+            if projector_config["out_features"] != expected:
+                raise ValueError(
+                    f"The projector gives tokens of width {projector_config['out_features']}, but the fusion takes "
+                    f"{expected}. Set image_fusion_config['image_features'] to the same as projector_config['out_features']."
+                )
+            return
         embedding_width = getattr(self.get_input_embeddings(), "embedding_dim", None)
         if embedding_width is not None and projector_config["out_features"] != embedding_width:
             raise ValueError(
@@ -325,6 +339,13 @@ class AnyVlmModel(PreTrainedModel):
             encoded = self.get_image_features(pixel_values, **processor_outputs, return_dict=True)
         return encoded
 
+    def _refuse_missing_pictures(self, input_ids: torch.Tensor | None) -> None:
+        if input_ids is not None and bool((input_ids == self.config.image_token_id).any()):
+            raise ValueError(
+                "The text has image tokens, but no pixel_values came with it. Pass what the processor returned whole: "
+                "model(**inputs), model.generate(**inputs)."
+            )
+
     def _image_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Boolean `(batch, sequence)`, true where an image token stands."""
         if input_ids is not None:
@@ -343,9 +364,10 @@ class AnyVlmModel(PreTrainedModel):
         position_ids: torch.Tensor | None,
         past_key_values: Cache | None,
         mm_encoder_outputs: dict[str, Any] | None,
+        picture_states: PictureStates | None = None,
         **kwargs,
-    ) -> tuple[dict[str, Any], torch.Tensor | None]:
-        """Arguments for the language model, and the image tokens put into them.
+    ) -> tuple[dict[str, Any], torch.Tensor | None, PictureStates | None]:
+        """Arguments for the language model, the image tokens, and, for a fusion other than `embed`, whose they are.
 
         Without pictures the language model gets the ids or embeddings as they came: text alone is its own affair.
         """
@@ -353,12 +375,25 @@ class AnyVlmModel(PreTrainedModel):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         processor_outputs = {key: kwargs.pop(key) for key in IMAGE_INPUTS if key in kwargs}
         encoded = self._encoded_pictures(pixel_values, mm_encoder_outputs, processor_outputs)
-        picture_lengths = [] if encoded is None else [len(tokens) for tokens in encoded.pooler_output]
-        image_tokens = None if encoded is None else torch.cat(list(encoded.pooler_output))
+        pictures = [] if encoded is None else list(encoded.pooler_output)
+        image_tokens = torch.cat(pictures) if pictures else None
         sequence = input_ids if inputs_embeds is None else inputs_embeds
         batch_size, sequence_length = sequence.shape[:2]
         extra, image_mask = {}, None
-        if image_tokens is not None:
+        if self.fusion is not None and picture_states is None:
+            picture_states = self._picture_states(input_ids, inputs_embeds, pictures)
+        self._check_picture_states(picture_states, past_key_values, sequence)
+        if picture_states is not None:
+            if self.fusion.changes_embeddings:
+                placeholders = self._image_mask(input_ids, inputs_embeds)
+                extra = self.language_model_interface.embedding_arguments(
+                    self.language_model, input_ids, placeholders, self.config.text_config.pad_token_id or 0
+                )
+                if inputs_embeds is None:
+                    inputs_embeds = self.get_input_embeddings()(input_ids)
+                inputs_embeds = self.fusion(inputs_embeds, picture_states, self._text_attention)
+                input_ids = None
+        elif image_tokens is not None:
             image_mask = self._image_mask(input_ids, inputs_embeds)
             num_placeholders = int(image_mask.sum())
             if num_placeholders != len(image_tokens):
@@ -376,15 +411,13 @@ class AnyVlmModel(PreTrainedModel):
                 image_mask.unsqueeze(-1), image_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
             )
             input_ids = None
-        elif input_ids is not None and sequence_length > 1 and bool((input_ids == self.config.image_token_id).any()):
-            raise ValueError(
-                "The text has image tokens, but no pixel_values came with it. Pass what the processor returned whole: "
-                "model(**inputs), model.generate(**inputs)."
-            )
+        elif sequence_length > 1:
+            self._refuse_missing_pictures(input_ids)
         self.language_model_interface.check_padding(attention_mask)
         if position_ids is None:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past_length = cached_length(past_key_values) or 0
             position_ids = default_position_ids(attention_mask, past_length, sequence_length, sequence.device)
+        picture_lengths = [] if image_mask is None else [len(tokens) for tokens in pictures]
         if self.config.image_attention != "causal":
             attention_mask = image_attention_masks(
                 self.language_model,
@@ -400,7 +433,7 @@ class AnyVlmModel(PreTrainedModel):
         if self.language_model_interface.spec["position_axes"] > 1:
             if past_key_values is None and image_mask is not None and not self.training and kwargs.get("use_cache"):
                 past_key_values = DynamicCache(config=self.language_model.config)
-            grids = None if encoded is None else encoded.get("token_grids")
+            grids = None if encoded is None or image_mask is None else encoded.get("token_grids")
             position_ids = positions_on_axes(position_ids, past_key_values, image_mask, grids, picture_lengths)
         arguments = self.language_model_interface.arguments(
             input_ids=input_ids,
@@ -411,7 +444,7 @@ class AnyVlmModel(PreTrainedModel):
             **extra,
             **kwargs,
         )
-        return arguments, image_tokens
+        return arguments, image_tokens, picture_states
 
     @can_return_tuple
     def forward(
@@ -423,10 +456,11 @@ class AnyVlmModel(PreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
+        picture_states: PictureStates | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Last hidden states `(batch, sequence, hidden_size)`. Arguments as in `AnyVlmForConditionalGeneration`."""
-        arguments, _ = self._language_model_inputs(
+        arguments, _, picture_states = self._language_model_inputs(
             input_ids,
             inputs_embeds,
             pixel_values,
@@ -434,9 +468,10 @@ class AnyVlmModel(PreTrainedModel):
             position_ids,
             past_key_values,
             mm_encoder_outputs,
+            picture_states=picture_states,
             **kwargs,
         )
-        outputs = base_language_model(self.language_model)(**arguments, return_dict=True)
+        outputs = self._call_language_model(base_language_model(self.language_model), arguments, picture_states)
         return BaseModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.get("past_key_values"),

@@ -10,9 +10,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .base_model import AnyVlmModel
+from .fusion import cached_length
 from .image_attention import answer_token_types
 from .language_models import labelled_positions
 from .picture_inputs import IMAGE_INPUTS
+from .picture_states import PictureStates
 
 
 @dataclass
@@ -75,6 +77,7 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
+        picture_states: PictureStates | None = None,
         image_grid_thw: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
@@ -101,6 +104,7 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
                 labels, and with labels only where there is one, so that pictures and prompts cost no row of the
                 vocabulary's size.
             mm_encoder_outputs: `{"image": …}`, what `get_image_features` returned, in place of `pixel_values`.
+            picture_states: For a fusion other than `embed`, what `encode_pictures` returned, in place of both.
             image_grid_thw, spatial_shapes, pixel_attention_mask, target_sizes, image_position_ids, image_sizes: What the
                 tower's own image processor gives beside `pixel_values`, see `get_image_features`.
             original_sizes: `(num_images, 2)`, height and width of each picture, where pictures are cut into views.
@@ -121,7 +125,7 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
             logits_to_keep, labels = labelled_positions(labels, interface.keeps_logits_per_sample)
         own_loss = interface.spec["own_loss"]
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-        arguments, image_tokens = self._language_model_inputs(
+        arguments, image_tokens, picture_states = self._language_model_inputs(
             input_ids,
             inputs_embeds,
             pixel_values,
@@ -129,6 +133,7 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
             position_ids,
             past_key_values,
             mm_encoder_outputs,
+            picture_states=picture_states,
             labels=labels if own_loss else None,
             num_items_in_batch=num_items_in_batch if own_loss else None,
             use_cache=use_cache,
@@ -145,7 +150,7 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
             num_video_frames=num_video_frames,
             **kwargs,
         )
-        outputs = self.language_model(**arguments, return_dict=True)
+        outputs = self._call_language_model(self.language_model, arguments, picture_states)
         known = {field.name: outputs.get(field.name) for field in fields(AnyVlmCausalLMOutput)}
         known["image_hidden_states"] = image_tokens
         if labels is not None and not own_loss:
@@ -164,12 +169,14 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
+        picture_states: PictureStates | None = None,
         is_first_iteration: bool | None = False,
         use_cache: bool | None = None,
         prompt_length: int | None = None,
         **kwargs,
     ) -> dict[str, Any]:
-        """The language model prepares its inputs by its own rules; pictures go along while the prompt is not cached.
+        """The language model prepares its inputs by its own rules; pictures go along while the prompt is not cached, and
+        with a fusion other than `embed` always.
 
         Args:
             prompt_length: With `image_attention="prefix"`: how many of `input_ids` are the prompt.
@@ -197,6 +204,13 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
                 sequence = model_inputs["input_ids"] if sequence is None else sequence
                 is_answer = torch.arange(sequence.shape[1], device=sequence.device) >= prompt_length
                 model_inputs["token_type_ids"] = is_answer.long().expand(sequence.shape[:2])
+        if picture_states is not None:
+            given = model_inputs.get("input_ids")
+            length = (model_inputs["inputs_embeds"] if given is None else given).shape[1]
+            start = cached_length(past_key_values)
+            if start is None:  # no cache, or a recurrent state, whose prompt is read in one piece
+                start = 0 if is_first_iteration or not use_cache else picture_states.pictures_shown.shape[1]
+            model_inputs["picture_states"] = picture_states.window(start, length)
         return model_inputs
 
     def _expand_multimodal_outputs(self, input_ids, mm_encoder_output: dict, *args, **kwargs) -> dict:
@@ -209,6 +223,28 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
             order = super()._expand_multimodal_outputs(input_ids, numbered, *args, **kwargs)["image"].pooler_output
             encoded.token_grids = [grids[int(number[0])] for number in order]
         return super()._expand_multimodal_outputs(input_ids, mm_encoder_output, *args, **kwargs)
+
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any], *args, **kwargs
+    ) -> dict[str, Any]:
+        """Pictures are encoded once, before the prompt. For a fusion other than `embed` they stay for every step."""
+        model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(
+            inputs_tensor, model_kwargs, *args, **kwargs
+        )
+        if self.fusion is not None and model_kwargs.get("picture_states") is None:
+            is_embedded = inputs_tensor.ndim == 3
+            model_kwargs["picture_states"] = self.encode_pictures(
+                input_ids=None if is_embedded else inputs_tensor,
+                inputs_embeds=inputs_tensor if is_embedded else None,
+                mm_encoder_outputs=model_kwargs.pop("mm_encoder_outputs", None),
+            )
+        return model_kwargs
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs) -> tuple[torch.Tensor, dict[str, Any]]:
+        """As transformers', for beams and several answers; samples keep their pictures."""
+        if expand_size > 1 and kwargs.get("picture_states") is not None:
+            kwargs["picture_states"] = kwargs["picture_states"].expand(expand_size)
+        return super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
 
     def _prepare_cache_for_generation(self, *args, **kwargs) -> None:
         """The kind of cache is the language model's choice (state-space models have one of their own)."""

@@ -84,7 +84,8 @@ def picture_tokens_text(
     tokens = [token_grid(config.projector_config, grid) for grid in grids]
     if has_text_between_views(image_text):
         return picture_text(image_text, token, plan, tokens)
-    return joined_text(image_text, token, num_joined_tokens(config.image_views, plan, tokens, *size))
+    number = 1 if config.fusion != "embed" else num_joined_tokens(config.image_views, plan, tokens, *size)
+    return joined_text(image_text, token, number)
 
 
 def video_tokens_text(config: Any, image_text: dict | None, token: str, video: Video, grids: Sequence[Grid]) -> str:
@@ -94,9 +95,9 @@ def video_tokens_text(config: Any, image_text: dict | None, token: str, video: V
     """
     settings = video_settings(config)
     whole = whole_picture(1, 1)
-    frames = [
-        picture_text(image_text, token, whole, [frame_grid(settings, token_grid(config.projector_config, grid))])
-        for grid in grids
-    ]
+    tokens = [frame_grid(settings, token_grid(config.projector_config, grid)) for grid in grids]
+    if config.fusion != "embed":  # each frame is a picture of its own
+        tokens = [(1, 1)] * len(grids)
+    frames = [picture_text(image_text, token, whole, [grid]) for grid in tokens]
     before = [""] if takes_clips(config.vision_tower_spec) else video.texts(settings)
     return "".join(text + frame for text, frame in zip(before, frames, strict=True))

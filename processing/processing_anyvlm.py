@@ -66,6 +66,7 @@ class AnyVlmProcessor(PicturesFirstProcessor, InstructionProcessor):
             (`processing/pictures_first.py`).
         video_token: Stands for a video in a text. It need not be a token: image tokens take its place.
         video_frames: As in the model's config: says which frames are looked at, and how many tokens they take.
+        fusion: As in the model's config. With another than `"embed"` a picture has one token in the text.
     """
 
     valid_processor_kwargs = AnyVlmProcessorKwargs
@@ -84,6 +85,7 @@ class AnyVlmProcessor(PicturesFirstProcessor, InstructionProcessor):
         pictures_first=False,
         video_token="<video>",
         video_frames=None,
+        fusion="embed",
         **kwargs,
     ):
         check_image_views(image_views)
@@ -95,6 +97,11 @@ class AnyVlmProcessor(PicturesFirstProcessor, InstructionProcessor):
             )
         if video_token in image_token or image_token in video_token:
             raise ValueError(f"{image_token!r} and {video_token!r} cannot be told apart. Choose another video_token.")
+        if fusion != "embed" and has_text_between_views(image_text):
+            raise ValueError(
+                f"With fusion={fusion!r} a picture has one token in the text, so image_text can write nothing between its "
+                'views. Leave out all but "token", "start" and "end".'
+            )
         self.image_token, self.video_token = image_token, video_token
         self.pictures_first = pictures_first
         self.image_views, self.image_text, self.video_frames = image_views, image_text, video_frames
@@ -110,6 +117,7 @@ class AnyVlmProcessor(PicturesFirstProcessor, InstructionProcessor):
         tokenizer.padding_side = AnyVlmProcessorKwargs._defaults["text_kwargs"]["padding_side"]
         self.vision_tower_spec = vision_tower_spec
         self.projector_config = projector_config
+        self.fusion = fusion
         self.set_instruction_tokenizer(qformer_tokenizer, projector_config)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
@@ -256,7 +264,11 @@ class AnyVlmProcessor(PicturesFirstProcessor, InstructionProcessor):
             counts["num_video_tokens"] = [num_video_tokens(self, *size) for size in video_sizes]
         if image_sizes is None:
             return MultiModalData(**counts)
-        if has_planned_views(self.image_views) or not (kwargs or self.vision_tower_spec["any_size"]):
+        if (
+            self.fusion != "embed"
+            or has_planned_views(self.image_views)
+            or not (kwargs or self.vision_tower_spec["any_size"])
+        ):
             tokens = [num_image_tokens(self, height, width) for height, width in image_sizes]
         else:
             grids = grids_of_sizes(self.image_processor, self.vision_tower_spec, image_sizes, **kwargs)

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 import anyvlm
+from anyvlm.compatibility.composed_model import set_gates
 from anyvlm.configuration.checkpoint_code import (
     AUTO_MAP,
     ENTRY_MODULE,
@@ -84,6 +85,18 @@ def test_three_generations_without_the_package(tmp_path):
     model, processor = anyvlm.compose(
         vision=vision_config("yolos"), text=text_config("qwen3_moe"), tokenizer=tiny_tokenizer(), image_size=32
     )
+    check_three_generations(model, processor, tmp_path)
+
+
+@pytest.mark.parametrize("fusion", ["cross_attention", "gated"])
+def test_three_generations_of_a_fusion(tmp_path, fusion):
+    model, processor = anyvlm.compose(
+        vision=vision_config("clip_vision_model"),
+        text=text_config("gpt2"),
+        tokenizer=tiny_tokenizer(),
+        fusion=fusion,
+    )
+    set_gates(model.fusion, 0.7)
     check_three_generations(model, processor, tmp_path)
 
 
