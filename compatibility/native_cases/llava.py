@@ -1,6 +1,18 @@
-"""LLaVA with towers of both kinds: with a CLS token, which is dropped, and without."""
+"""LLaVA with towers of both kinds, with a CLS token, which is dropped, and without; ViP-LLaVA; FastVLM."""
 
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaProcessor, Qwen2Config, SiglipVisionConfig
+from functools import partial
+
+from transformers import (
+    CLIPVisionConfig,
+    FastVlmConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaProcessor,
+    Qwen2Config,
+    ResNetConfig,
+    SiglipVisionConfig,
+    VipLlavaConfig,
+)
 
 from . import NativeCase, case_tokenizer, chat_template, square_pictures
 
@@ -26,9 +38,9 @@ TEXT = {
 }
 
 
-def _config(vision_config, text_class, tied: bool, **settings) -> LlavaConfig:
+def _config(vision_config, text_class, tied: bool, config_class=LlavaConfig, **settings):
     tokenizer = case_tokenizer("<image>")
-    return LlavaConfig(
+    return config_class(
         vision_config=vision_config,
         text_config=text_class(**TEXT, vocab_size=len(tokenizer), tie_word_embeddings=tied),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
@@ -37,15 +49,22 @@ def _config(vision_config, text_class, tied: bool, **settings) -> LlavaConfig:
     )
 
 
-def _processor(config: LlavaConfig) -> LlavaProcessor:
-    dropped = config.vision_feature_select_strategy == "default"
+def _processor(config, strategy: str | None = None, patch: int | None = None) -> LlavaProcessor:
+    strategy = strategy or config.vision_feature_select_strategy
     return LlavaProcessor(
         image_processor=square_pictures(config.vision_config.image_size),
         tokenizer=case_tokenizer("<image>"),
-        patch_size=config.vision_config.patch_size,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=int(dropped),
+        patch_size=patch or config.vision_config.patch_size,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=int(strategy == "default"),
         chat_template=chat_template(),
+    )
+
+
+def _map_tower() -> ResNetConfig:
+    """FastVLM's own tower is timm's, which not everyone has; any tower whose last hidden state is a map will do."""
+    return ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", hidden_size=16, image_size=64
     )
 
 
@@ -68,5 +87,30 @@ CASES = (
         "llava, several layers",
         lambda tied: _config(CLIPVisionConfig(**VISION), LlamaConfig, tied, vision_feature_layer=[-3, -2]),
         _processor,
+    ),
+    NativeCase(
+        "vipllava",
+        lambda tied: _config(
+            CLIPVisionConfig(**VISION), LlamaConfig, tied, VipLlavaConfig, vision_feature_layer=[-2, -3, 1]
+        ),
+        partial(_processor, strategy="default"),
+    ),
+    NativeCase(
+        "vipllava, one layer",
+        lambda tied: _config(
+            CLIPVisionConfig(**VISION),
+            LlamaConfig,
+            tied,
+            VipLlavaConfig,
+            vision_feature_layer=-2,
+            projector_layernorm_eps=1e-3,
+        ),
+        partial(_processor, strategy="default"),
+    ),
+    NativeCase(
+        "fast_vlm, resnet tower",
+        lambda tied: _config(_map_tower(), Qwen2Config, tied, FastVlmConfig),
+        partial(_processor, patch=8),
+        note="its own tower is timm's; here another whose features are a map",
     ),
 )

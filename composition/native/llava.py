@@ -1,18 +1,19 @@
-"""LLaVA (Liu et al. 2023): a tower, two linear maps, image tokens among the text's."""
+"""LLaVA (Liu et al. 2023) and its nearest kin: a tower, two linear maps, image tokens among the text's."""
 
 import copy
 import math
 from typing import Any
 
-from transformers import LlavaConfig
+from transformers import FastVlmConfig, LlavaConfig, LlavaProcessor, PreTrainedConfig, VipLlavaConfig
 
 from ...configuration.configuration_anyvlm import AnyVlmConfig
 from ...processing.processing_anyvlm import AnyVlmProcessor
 from .family import NativeFamily, plain_embedding, require, text_part
 from .keys import Rename
+from .projector_arguments import FREE, projector_arguments, same_projector
 
 
-def _read_config(native: LlavaConfig) -> dict[str, Any]:
+def _read_config(native: LlavaConfig | FastVlmConfig) -> dict[str, Any]:
     return {
         "vision_config": copy.deepcopy(native.vision_config),
         "text_config": text_part(native),
@@ -28,11 +29,9 @@ def _read_config(native: LlavaConfig) -> dict[str, Any]:
     }
 
 
-def without_first_token(native: LlavaConfig, spec: dict[str, Any]) -> dict[str, Any]:
+def without_first_token(spec: dict[str, Any]) -> dict[str, Any]:
     """LLaVA drops the first token whatever tower it has; of one without a CLS token (siglip) that is a patch, and what
     is left is no grid."""
-    if native.vision_feature_select_strategy != "default":
-        return spec
     beside = spec["num_prefix_tokens"], spec["num_suffix_tokens"]
     if beside == (1, 0):
         return spec
@@ -40,36 +39,59 @@ def without_first_token(native: LlavaConfig, spec: dict[str, Any]) -> dict[str, 
     return {**spec, "num_prefix_tokens": 1, "num_suffix_tokens": 0, "grid": [1, num_features]}
 
 
-def _write_config(config: AnyVlmConfig) -> LlavaConfig:
-    spec, projector = config.vision_tower_spec, {"num_layers": 2, "hidden_act": "gelu", "bias": True}
-    projector |= config.projector_config
-    beside = spec["num_prefix_tokens"], spec["num_suffix_tokens"]
-    width = getattr(config.text_config, "hidden_size", None)
-    inner = projector.get("hidden_features") or projector["out_features"]
-    known = {"type", "num_layers", "hidden_act", "bias", "in_features", "out_features", "hidden_features"}
-    beyond = {name: value for name, value in projector.items() if name not in known and value}
-    require(
-        *plain_embedding(config),
-        (projector["type"] == "mlp" and projector["num_layers"] == 2, "its projector is an mlp of two layers"),
-        (not beyond, f"its projector has no {', '.join(beyond)}"),
-        (inner == projector["out_features"] == width, "its projector's layers are as wide as the language model"),
-        (spec["layout"] == "sequence", f"its tower gives a sequence of tokens, not {spec['layout']!r}"),
-        (not spec["any_size"] and spec["inputs"] == "pictures", "its tower takes whole pictures of one size"),
-        (beside in ((1, 0), (0, 0)), f"it drops one token before the patches or none, not {beside}"),
-        (set(spec["call_kwargs"]) <= {"return_dict"}, f"it calls its tower without {spec['call_kwargs']}"),
-    )
+def write_parts(config: AnyVlmConfig) -> dict[str, Any]:
+    """What the configs of all classes here have in common; the last hidden state is the last of the hidden states (where
+    it is another tensor, as siglip's normed one, the logits will tell)."""
     layer = config.vision_feature_layer
+    return {
+        "vision_config": copy.deepcopy(config.vision_config),
+        "text_config": copy.deepcopy(config.text_config),
+        "image_token_index": config.image_token_id,
+        "image_seq_length": math.prod(config.vision_tower_spec["grid"]),
+        "projector_hidden_act": projector_arguments(config.projector_config).get("hidden_act"),
+        "vision_feature_layer": -1 if layer is None else layer,
+        "tie_word_embeddings": bool(config.text_config.tie_word_embeddings),
+    }
+
+
+def two_layers(config: AnyVlmConfig, **expected: Any) -> list[tuple[bool, str]]:
+    """Conditions of a projector of two linear maps as wide as the language model, and of a tower of pictures of one size.
+
+    Args:
+        expected: What is special about the projector.
+    """
+    spec, projector = config.vision_tower_spec, config.projector_config
+    width = getattr(config.text_config, "hidden_size", None)
+    two = {"type": "mlp", "num_layers": 2, "hidden_features": width, "hidden_act": FREE}
+    return [
+        *plain_embedding(config),
+        *same_projector(projector, {**two, **expected}),
+        (projector["out_features"] == width, f"its projector gives tokens of the text config's width {width}"),
+        (not spec["any_size"] and spec["inputs"] == "pictures", "its tower takes whole pictures of one size"),
+        (set(spec["call_kwargs"]) <= {"return_dict"}, f"it calls its tower without {spec['call_kwargs']}"),
+    ]
+
+
+def _tokens_beside(config: AnyVlmConfig) -> tuple[int, int]:
+    return config.vision_tower_spec["num_prefix_tokens"], config.vision_tower_spec["num_suffix_tokens"]
+
+
+def _is_sequence(config: AnyVlmConfig) -> tuple[bool, str]:
+    layout = config.vision_tower_spec["layout"]
+    return layout == "sequence", f"its tower gives a sequence of tokens, not {layout!r}"
+
+
+def _write_config(config: AnyVlmConfig) -> LlavaConfig:
+    beside = _tokens_beside(config)
+    require(
+        *two_layers(config, bias=FREE),
+        _is_sequence(config),
+        (beside in ((1, 0), (0, 0)), f"it drops one token before the patches or none, not {beside}"),
+    )
     return LlavaConfig(
-        vision_config=copy.deepcopy(config.vision_config),
-        text_config=copy.deepcopy(config.text_config),
-        image_token_index=config.image_token_id,
-        image_seq_length=math.prod(spec["grid"]),
-        projector_hidden_act=projector["hidden_act"],
-        multimodal_projector_bias=projector["bias"],
-        # The last hidden state itself; where that is another tensor (siglip's is normed), the logits will tell.
-        vision_feature_layer=-1 if layer is None else layer,
+        **write_parts(config),
+        multimodal_projector_bias=projector_arguments(config.projector_config)["bias"],
         vision_feature_select_strategy="default" if beside == (1, 0) else "full",
-        tie_word_embeddings=bool(config.text_config.tie_word_embeddings),
     )
 
 
@@ -82,30 +104,131 @@ def two_layer_rules(native) -> list[Rename]:
     ]
 
 
-def _write_processor(processor: AnyVlmProcessor, native: LlavaConfig, config: AnyVlmConfig) -> dict[str, Any]:
+def _write_processor(
+    processor: AnyVlmProcessor, native: PreTrainedConfig, config: AnyVlmConfig, strategy: str | None = None
+) -> dict[str, Any]:
+    """The native count is that of patches of pixels, to which it adds what stands beside them, and takes one away."""
     spec = config.vision_tower_spec
-    # The native count is one of patches of pixels, to which it adds what stands beside them and takes one away.
+    strategy = strategy or native.vision_feature_select_strategy
     patch = getattr(config.vision_config, "patch_size", None) or spec["image_size"][0] // spec["grid"][0]
     patches = math.prod(edge // patch for edge in spec["image_size"])
-    dropped = native.vision_feature_select_strategy == "default"
+    dropped = int(strategy == "default")
     return {
         "patch_size": patch,
         "num_additional_image_tokens": math.prod(spec["grid"]) + dropped - patches,
-        "vision_feature_select_strategy": native.vision_feature_select_strategy,
+        "vision_feature_select_strategy": strategy,
         "image_token": processor.image_token,
     }
 
 
-FAMILIES = (
-    NativeFamily(
-        model_type="llava",
-        model_class="LlavaForConditionalGeneration",
-        processor_class="LlavaProcessor",
-        read_config=_read_config,
-        write_config=_write_config,
-        rules=two_layer_rules,
-        read_processor=lambda native, config: {"image_token": native.image_token},
-        write_processor=_write_processor,
-        adjust_spec=without_first_token,
+def _read_processor(native: LlavaProcessor, config: AnyVlmConfig) -> dict[str, Any]:
+    return {"image_token": native.image_token}
+
+
+LLAVA = NativeFamily(
+    model_type="llava",
+    model_class="LlavaForConditionalGeneration",
+    processor_class="LlavaProcessor",
+    read_config=_read_config,
+    write_config=_write_config,
+    rules=two_layer_rules,
+    read_processor=_read_processor,
+    write_processor=_write_processor,
+    adjust_spec=lambda native, spec: (
+        without_first_token(spec) if native.vision_feature_select_strategy == "default" else spec
     ),
 )
+
+
+# ViP-LLaVA (Cai et al. 2024): features of several layers side by side, normed before the projector.
+
+
+def _read_vipllava(native: VipLlavaConfig) -> dict[str, Any]:
+    layer = native.vision_feature_layer
+    return {
+        "vision_config": copy.deepcopy(native.vision_config),
+        "text_config": text_part(native),
+        "projector_config": {
+            "type": "mlp",
+            "num_layers": 2,
+            "hidden_act": native.projector_hidden_act,
+            "norm": "layer_norm",
+            "norm_eps": native.projector_layernorm_eps,
+        },
+        "image_token_id": native.image_token_index,
+        "vision_feature_layer": layer if isinstance(layer, int) else list(layer),
+    }
+
+
+def _write_vipllava(config: AnyVlmConfig) -> VipLlavaConfig:
+    beside = _tokens_beside(config)
+    require(
+        *two_layers(config, norm="layer_norm", norm_eps=FREE),
+        _is_sequence(config),
+        (beside == (1, 0), f"it drops one token before the patches, not {beside}"),
+    )
+    return VipLlavaConfig(
+        **write_parts(config), projector_layernorm_eps=projector_arguments(config.projector_config)["norm_eps"]
+    )
+
+
+VIPLLAVA = NativeFamily(
+    model_type="vipllava",
+    model_class="VipLlavaForConditionalGeneration",
+    processor_class="LlavaProcessor",
+    read_config=_read_vipllava,
+    write_config=_write_vipllava,
+    rules=lambda native: [
+        *two_layer_rules(native),
+        Rename("model.multi_modal_projector.projector_layernorm.", "multi_modal_projector.norms.0."),
+    ],
+    read_processor=_read_processor,
+    write_processor=lambda *arguments: _write_processor(*arguments, strategy="default"),
+    adjust_spec=lambda native, spec: without_first_token(spec),
+)
+
+
+# FastVLM (Vasu et al. 2025): a hybrid tower of timm, whose last map is read place by place.
+
+
+def _read_fast_vlm(native: FastVlmConfig) -> dict[str, Any]:
+    pieces = _read_config(native)
+    del (
+        pieces["vision_feature_layer"],
+        pieces["vision_feature_select_strategy"],
+    )  # the one it allows: the last map, whole
+    return pieces
+
+
+def _write_fast_vlm(config: AnyVlmConfig) -> FastVlmConfig:
+    spec = config.vision_tower_spec
+    width = getattr(config.vision_config, "hidden_size", None)
+    require(
+        *two_layers(config, bias=FREE),
+        (spec["layout"] == "channels_first", f"its tower gives a map, not {spec['layout']!r}"),
+        (config.vision_feature_layer is None, "it reads the tower's last map"),
+        (spec["output"] == "last_hidden_state", f"it does not read the tower's {spec['output']}"),
+        (
+            width == spec["hidden_size"],
+            f"its tower's features are as wide as its config says, not {spec['hidden_size']}",
+        ),
+    )
+    return FastVlmConfig(
+        **write_parts(config),
+        multimodal_projector_bias=projector_arguments(config.projector_config)["bias"],
+        vision_feature_select_strategy="full",
+    )
+
+
+FAST_VLM = NativeFamily(
+    model_type="fast_vlm",
+    model_class="FastVlmForConditionalGeneration",
+    processor_class="LlavaProcessor",
+    read_config=_read_fast_vlm,
+    write_config=_write_fast_vlm,
+    rules=two_layer_rules,
+    read_processor=_read_processor,
+    write_processor=_write_processor,
+)
+
+FAMILIES = (LLAVA, VIPLLAVA, FAST_VLM)
