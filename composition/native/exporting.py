@@ -75,6 +75,9 @@ def native_config_of(family: NativeFamily, model: AnyVlmForConditionalGeneration
         if getattr(part.config, "part_code", None) is not None:
             raise Misfit(f"{type(part).__name__} is code of its checkpoint, which a native class does not carry")
     native_config = family.write_config(model.config)
+    origin = (model.config.composed_from or {}).get("native") or {}
+    if family.plain_logits and origin.get("model_type") == family.model_type:
+        native_config.text_config.update(origin.get("text_scales") or {})
     native_config.dtype = model.dtype
     return native_config
 

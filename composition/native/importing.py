@@ -22,7 +22,7 @@ from .equality import compare_on_a_sample
 from .families import family_of
 from .family import NativeFamily
 from .keys import OURS
-from .logits import are_plain, remove_scales
+from .logits import are_plain, remove_scales, removed_scales
 from .weights import build_empty, language_model_rules, put_weights, translate
 
 
@@ -120,10 +120,12 @@ def our_config(
     for key in ("vision_config", "text_config"):
         pieces[key].dtype = dtype
         pieces[key].name_or_path = ""
+    origin = {"id": hub_id, "license": None, "model_type": family.model_type}
+    scales = removed_scales(native_config.text_config, pieces["text_config"]) if family.plain_logits else None
     return AnyVlmConfig(
         vision_tower_spec=spec,
         language_model_spec=language_model_spec,
-        composed_from={"native": {"id": hub_id, "license": None, "model_type": family.model_type}},
+        composed_from={"native": origin | ({"text_scales": scales} if scales else {})},
         architectures=["AnyVlmForConditionalGeneration"],
         dtype=dtype,
         **pieces,

@@ -29,6 +29,16 @@ def remove_scales(text_config: PreTrainedConfig) -> None:
             setattr(text_config, name, value)
 
 
+def removed_scales(native: PreTrainedConfig, text_config: PreTrainedConfig) -> dict[str, float]:
+    """The settings of the native text config that `text_config` has not any more, so that the way back can bring them
+    back: the class does not read them, but other software that runs its checkpoints may."""
+    return {
+        name: value
+        for name in _NEUTRAL
+        if (value := vars(native).get(name)) is not None and value != vars(text_config).get(name)
+    }
+
+
 @torch.no_grad()
 def are_plain(language_model: PreTrainedModel) -> bool:
     """Run it on a few words with other numbers, of a wide range, in place of what the head gives, and see whether they
