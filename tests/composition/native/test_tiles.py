@@ -49,6 +49,27 @@ def test_both_processors_cut_pictures_of_any_size_alike(case):
         assert int((found["input_ids"] == processor.image_token_id).sum()) == count, size
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_native_config_comes_back(case):
+    """With the scale of logits that Cohere's language model has and these classes do not read."""
+    native, native_processor = build_native(case, 0, False)
+    before = _settings(native.config.to_dict())
+    after = _settings(to_native(from_native(native, native_processor)[0], None)[0].config.to_dict())
+    assert {name: after.get(name) for name in before} == before
+
+
+def _settings(config: dict, prefix: str = "") -> dict:
+    """Flat; without the dtype, which random models do not state, the number of tokens, which InternVL's do not need, and
+    whether the text config ties embeddings, as the whole config decides that."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= _settings(value, f"{prefix}{name}.")
+        elif name not in ("dtype", "image_seq_length") and prefix + str(name) != "text_config.tie_word_embeddings":
+            flat[prefix + str(name)] = value
+    return flat
+
+
 #: What Aya Vision's processor writes, and Idefics3's.
 AYA_TEXT = {
     "token": "<|IMG_PATCH|>",
