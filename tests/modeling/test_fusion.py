@@ -426,3 +426,38 @@ def test_a_language_model_without_a_list_of_layers_is_refused():
     with pytest.raises(CompositionError, match=r"get states of shape \(4, 2, 5, 32\).*fusion=\"gated\""):
         compose(text="gemma3n_text", fusion="cross_attention")
     compose(text="gemma3n_text", fusion="gated")
+
+
+@pytest.mark.parametrize("fusion", ["cross_attention", "gated"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"views": {"type": "tiles", "layout": "dynamic", "max_tiles": 4}},
+        {"views": "slices", "projector": {"type": "resampler", "num_queries": 4}},
+        {"projector": {"type": "pixel_shuffle", "scale_factor": 2}},
+    ],
+    ids=["tiles", "slices and resampler", "pixel shuffle"],
+)
+def test_any_views_and_projector(fusion, arguments, tmp_path):
+    """A picture cut into views has one token in the text all the same."""
+    tester = ComposedModelTester(fusion=fusion, **arguments)
+    wide = picture(0, (40, 150))
+    inputs = tester.inputs(["w1 <image> w2", "w3 <image> w4 <image>"], [[wide], [picture(1), wide]])
+    assert inputs["input_ids"].shape == (2, 4)
+    assert tester.processor._get_num_multimodal_tokens([(40, 150)])["num_image_tokens"] == [1]
+    tester.check_picture_changes_logits()
+    tester.check_padding()
+    tester.check_gradients()
+    tester.check_cached_generation_equals_uncached()
+    tester.check_save_and_load(tmp_path, resize=False)
+
+
+@pytest.mark.parametrize("fusion", ["cross_attention", "gated"])
+def test_frames_of_a_video_are_pictures(fusion):
+    tester = ComposedModelTester(fusion=fusion)
+    frames = [picture(seed) for seed in range(3)]
+    video = tester.processor(text=["w1 <video> w2"], videos=[frames], return_tensors="pt")
+    pictures = tester.inputs(["w1 <image><image><image> w2"], [frames])
+    assert torch.equal(video["input_ids"], pictures["input_ids"])
+    assert torch.isfinite(tester.logits(video)).all()
+    assert torch.equal(tester.generate(video), tester.generate(video, use_cache=False))
