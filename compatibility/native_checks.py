@@ -54,7 +54,7 @@ def check_case(case: NativeCase, seeds: tuple[int, ...] = SEEDS) -> CaseResult:
 
     Weights are large, so that a token or a picture that goes astray shows (`make_sensitive`).
     """
-    family = family_of(case.config(case.ties[0]).model_type)
+    family = family_of(case.config(case.ties[0]))
     result = CaseResult(case.name, family.model_class)
     for seed in seeds:
         for tied in case.ties:
@@ -68,7 +68,7 @@ def build_native(case: NativeCase, seed: int, tied: bool) -> tuple[PreTrainedMod
     config = case.config(tied)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        native = getattr(transformers, family_of(config.model_type).model_class)(config).eval()
+        native = getattr(transformers, family_of(config).model_class)(config).eval()
     make_sensitive(native, seed + 1)
     return native, case.processor(config)
 
@@ -123,7 +123,7 @@ def _check_one(case: NativeCase, native, native_processor, where: str, result: C
             result.greedy = False
             result.problems.append(f"greedy tokens differ ({place})")
     # Without the packages that the native processor needs, the model alone.
-    exported, _ = to_native(ours, None if family_of(native.config.model_type).missing_packages() else processor)
+    exported, _ = to_native(ours, None if family_of(native.config).missing_packages() else processor)
     after = exported.state_dict()
     same_class = type(exported) is type(native)
     if not same_class or before.keys() != after.keys() or any(not torch.equal(before[k], after[k]) for k in before):

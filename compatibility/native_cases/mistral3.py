@@ -11,6 +11,8 @@ from . import NativeCase, case_tokenizer, chat_template
 from .llava import TEXT, VISION
 
 
+#: Edges that are no multiples of a patch, and one picture that has to be made smaller.
+SIZES = ((48, 96), (80, 40), (33, 131))
 TOKENS = ("[IMG]", "[IMG_BREAK]", "[IMG_END]")
 
 
@@ -57,7 +59,7 @@ def _config(tied: bool, **settings) -> Mistral3Config:
 
 
 CASES = (
-    NativeCase("mistral3", _config, pixtral_processor, sizes=((48, 96), (80, 40), (33, 131))),
+    NativeCase("mistral3", _config, pixtral_processor, sizes=SIZES),
     NativeCase(
         "mistral3, other settings",
         lambda tied: _config(
@@ -68,6 +70,6 @@ CASES = (
             projector_hidden_act="relu",
         ),
         pixtral_processor,
-        sizes=((48, 96), (80, 40), (33, 131)),
+        sizes=SIZES,
     ),
 )

@@ -3,6 +3,8 @@
 from functools import cache
 from importlib import import_module
 
+from transformers import PreTrainedConfig
+
 from ..errors import CompositionError
 from .family import NativeFamily
 
@@ -15,6 +17,7 @@ _MODULES = (
     "idefics3",
     "blip_2",
     "mistral3",
+    "pixtral",
 )
 
 
@@ -23,17 +26,17 @@ def native_families() -> tuple[NativeFamily, ...]:
     return tuple(family for name in _MODULES for family in import_module(f".{name}", __package__).FAMILIES)
 
 
-def family_of(model_type: str) -> NativeFamily:
-    """The family of a native config's `model_type`.
+def family_of(native_config: PreTrainedConfig) -> NativeFamily:
+    """The family of a native config.
 
     Raises:
         CompositionError: there is none; the message lists those there are.
     """
     for family in native_families():
-        if family.model_type == model_type:
+        if family.model_type == native_config.model_type and family.is_family_of(native_config):
             return family
     raise CompositionError(
-        f"{model_type!r} is no family of vision-language models that can be converted. Those that can be: "
-        f"{', '.join(sorted(family.model_type for family in native_families()))}. Of another, the parts can still be "
+        f"{native_config.model_type!r} is no family of vision-language models that can be converted. Those that can be: "
+        f"{', '.join(sorted({family.model_type for family in native_families()}))}. Of another, the parts can still be "
         "composed: anyvlm.compose(vision=…, text=…)."
     )

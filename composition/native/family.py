@@ -37,6 +37,8 @@ class NativeFamily:
         read_views: `(native config, native processor) -> image_views`, where the processor decides how pictures are cut.
         adjust_spec: `(native config, measured vision_tower_spec) -> vision_tower_spec`, where the native class reads
             the tower otherwise than the probe would (a quirk: say why).
+        is_family_of: `native config -> bool`, where models of one `model_type` have several processors; asked of the
+            families in their order.
         base_prefix, head_prefix: Where the native model has the language model's base and its head.
         causal_prefix: Where it has the whole causal language model, if it does; then those two are not read.
         processor_needs: Packages without which transformers cannot make its processor.
@@ -54,6 +56,7 @@ class NativeFamily:
     write_processor: Callable[[AnyVlmProcessor, PreTrainedConfig, AnyVlmConfig], dict[str, Any]]
     read_views: Callable[[PreTrainedConfig, ProcessorMixin], dict | None] | None = None
     adjust_spec: Callable[[PreTrainedConfig, dict[str, Any]], dict[str, Any]] = lambda native_config, spec: spec
+    is_family_of: Callable[[PreTrainedConfig], bool] = lambda native_config: True
     base_prefix: str = "model.language_model."
     head_prefix: str = "lm_head."
     causal_prefix: str | None = None

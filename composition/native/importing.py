@@ -46,7 +46,7 @@ def from_native(
         CompositionError: its family cannot be converted, weights are left over or missing (the message names them), or
             the two models differ.
     """
-    family = family_of(model.config.model_type)
+    family = family_of(model.config)
     _check_whole(model, family)
     pieces = read_pieces(family, model.config, processor, model.dtype)
     size = picture_size(pieces, processor)

@@ -1,12 +1,15 @@
 """LLaVA (Liu et al. 2023) and its nearest kin: a tower, two linear maps, image tokens among the text's."""
 
 import copy
+import inspect
 import math
 from typing import Any
 
 from transformers import FastVlmConfig, LlavaConfig, LlavaProcessor, PreTrainedConfig, VipLlavaConfig
 
 from ...configuration.configuration_anyvlm import AnyVlmConfig
+from ...modeling.picture_inputs import picture_kinds
+from ...modeling.vision_towers import vision_tower_class
 from ...processing.processing_anyvlm import AnyVlmProcessor
 from .family import NativeFamily, plain_embedding, require, text_part
 from .keys import Rename
@@ -37,6 +40,14 @@ def without_first_token(spec: dict[str, Any]) -> dict[str, Any]:
         return spec
     num_features = math.prod(spec["grid"]) + sum(beside) - 1
     return {**spec, "num_prefix_tokens": 1, "num_suffix_tokens": 0, "grid": [1, num_features]}
+
+
+def takes_sizes(native: LlavaConfig) -> bool:
+    """Whether LLaVA's tower is one to which it hands `image_sizes`; then its processor is Pixtral's."""
+    tower_class = vision_tower_class(native.vision_config)
+    return tower_class is not None and "sized_pictures" in picture_kinds(
+        inspect.signature(tower_class.forward).parameters
+    )
 
 
 def write_parts(config: AnyVlmConfig) -> dict[str, Any]:
@@ -134,6 +145,7 @@ LLAVA = NativeFamily(
     rules=two_layer_rules,
     read_processor=_read_processor,
     write_processor=_write_processor,
+    is_family_of=lambda native: not takes_sizes(native),
     adjust_spec=lambda native, spec: (
         without_first_token(spec) if native.vision_feature_select_strategy == "default" else spec
     ),

@@ -43,6 +43,15 @@ def merger_rules(native_prefix: str) -> list[Rename]:
     ]
 
 
+def sized_tower(spec: dict) -> list[tuple[bool, str]]:
+    """Conditions of classes with a tower such as Pixtral's."""
+    return [
+        (spec["inputs"] == "sized_pictures", "its tower takes pictures of their own size with image_sizes (pixtral)"),
+        (spec["merge_size"] == 1, "its tower gives a feature for each patch"),
+        (set(spec["call_kwargs"]) <= {"return_dict"}, f"it calls its tower without {spec['call_kwargs']}"),
+    ]
+
+
 def require_merger(config: AnyVlmConfig, **expected) -> dict[str, Any]:
     """All arguments of the projector, of a model that such a native class can be.
 
@@ -52,17 +61,12 @@ def require_merger(config: AnyVlmConfig, **expected) -> dict[str, Any]:
     Raises:
         Misfit: with each reason why it cannot.
     """
-    spec, text_config = config.vision_tower_spec, config.text_config
-    eps, width = (getattr(text_config, name, None) for name in ("rms_norm_eps", "hidden_size"))
+    eps, width = (getattr(config.text_config, name, None) for name in ("rms_norm_eps", "hidden_size"))
     projector = {**_MERGER, "scale_factor": FREE, "norm_eps": eps, "hidden_features": [width], **expected}
     require(
         *plain_embedding(config),
         *same_projector(config.projector_config, projector),
-        (
-            spec["inputs"] == "sized_pictures" and spec["merge_size"] == 1,
-            "its tower takes pictures of their own size with image_sizes (pixtral)",
-        ),
-        (set(spec["call_kwargs"]) <= {"return_dict"}, f"it calls its tower without {spec['call_kwargs']}"),
+        *sized_tower(config.vision_tower_spec),
     )
     return projector_arguments(config.projector_config)
 

@@ -102,7 +102,7 @@ class _Job:
 
 def _from_native(folder: Path, name: str, reader: ShardReader, trust_remote_code: bool) -> _Job:
     native_config = AutoConfig.from_pretrained(folder)
-    family = family_of(native_config.model_type)
+    family = family_of(native_config)
     native_processor = AutoProcessor.from_pretrained(folder)
     dtype = _dtype(native_config, reader)
     native = build_on_meta(getattr(transformers, family.model_class), native_config, dtype)

@@ -1,4 +1,4 @@
-"""Mistral 3: imported, run beside the native class, exported."""
+"""Mistral 3, and LLaVA with its tower: imported, run beside the native class, exported."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from anyvlm.composition.native import family_of, from_native, to_native
 from anyvlm.composition.native.equality import sample_picture
 
 
-@pytest.mark.parametrize("case", native_cases("mistral3"), ids=str)
+@pytest.mark.parametrize("case", [*native_cases("mistral3"), *native_cases("pixtral")], ids=str)
 def test_an_imported_model_is_the_native_one(case):
     assert check_case(case).problems == []
 
@@ -19,7 +19,7 @@ def test_the_processor_comes_back():
     """What the native processor is made of again; transformers offers its class beside torchvision only."""
     native, native_processor = build_native(native_cases("mistral3")[0], seed=0, tied=False)
     model, processor = from_native(native, native_processor)
-    arguments = family_of("mistral3").write_processor(processor, native.config, model.config)
+    arguments = family_of(native.config).write_processor(processor, native.config, model.config)
     again = pixtral_processor_class()(
         tokenizer=processor.tokenizer, chat_template=processor.chat_template, **arguments
     )
@@ -35,3 +35,11 @@ def test_other_projectors_are_not_exported():
     model.config.projector_config["norm"] = "layer_norm"
     with pytest.raises(CompositionError, match="Mistral3ForConditionalGeneration: its projector has norm 'rms_norm'"):
         to_native(model, None)
+
+
+def test_first_patch_is_not_dropped():
+    """LLaVA's `default` would take one patch away from a whole batch of pictures."""
+    native, native_processor = build_native(native_cases("pixtral")[0], seed=0, tied=False)
+    native.config.vision_feature_select_strategy = "default"
+    with pytest.raises(CompositionError, match="drops the first patch of the first picture"):
+        from_native(native, native_processor)
