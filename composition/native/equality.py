@@ -1,10 +1,15 @@
 """A native model and ours, side by side on one picture with a text."""
 
+import copy
+
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
+from ...configuration.image_views import has_several_views
+from ...processing.processing_anyvlm import AnyVlmProcessor
 from ..errors import CompositionError
 
 
@@ -42,15 +47,36 @@ def logits_of(model: PreTrainedModel, inputs: BatchFeature) -> torch.Tensor:
     return model(**inputs).logits.float()
 
 
+def _without_torchvision(
+    native_processor: ProcessorMixin, processor: AnyVlmProcessor
+) -> tuple[ProcessorMixin, Image.Image]:
+    """A native processor and a picture of which it makes the same views as ours.
+
+    Ours cuts pictures with Pillow. Image processors that cut with torchvision round pixels otherwise, so their twin in
+    Pillow is asked; where they have none, for a picture as large as a tile, which need not be resized.
+    """
+    image_processor = native_processor.image_processor
+    name = type(image_processor).__name__
+    if name.endswith("Pil") or not has_several_views(processor.image_views):
+        return native_processor, sample_picture()
+    twin = getattr(transformers, name + "Pil", None)
+    if twin is None:
+        return native_processor, sample_picture(*processor.vision_tower_spec["image_size"])
+    native_processor = copy.copy(native_processor)
+    native_processor.image_processor = twin.from_dict(image_processor.to_dict())
+    return native_processor, sample_picture()
+
+
 def compare_on_a_sample(
-    native: PreTrainedModel, native_processor: ProcessorMixin, ours: PreTrainedModel, processor: ProcessorMixin
+    native: PreTrainedModel, native_processor: ProcessorMixin, ours: PreTrainedModel, processor: AnyVlmProcessor
 ) -> float:
     """The largest difference of their logits, each with the inputs that its own processor makes.
 
     Raises:
         CompositionError: the processors make other ids, or the models' logits differ by more than `TOLERANCE`.
     """
-    picture, names = sample_picture(), f"{type(native).__name__} and {type(ours).__name__}"
+    native_processor, picture = _without_torchvision(native_processor, processor)
+    names = f"{type(native).__name__} and {type(ours).__name__}"
     text = prompt(native_processor, 1, placeholders=not processor.pictures_first)
     native_inputs = native_processor(text=[text], images=[[picture]], return_tensors="pt")
     inputs = processor(text=[text], images=[[picture]], return_tensors="pt")

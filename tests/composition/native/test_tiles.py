@@ -1,12 +1,15 @@
 """Families that cut pictures into tiles: pictures of all sizes, and models that were composed."""
 
+import copy
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
     AyaVisionForConditionalGeneration,
     Cohere2Config,
+    GotOcr2ImageProcessorPil,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     InternVLForConditionalGeneration,
@@ -18,7 +21,7 @@ from transformers import (
 
 import anyvlm
 from anyvlm.compatibility.native_cases import case_tokenizer, chat_template, native_cases
-from anyvlm.compatibility.native_cases.cohere_vision import AYA_TOKENS
+from anyvlm.compatibility.native_cases.cohere_vision import AYA_TOKENS, Cohere2VisionImageProcessorPil
 from anyvlm.compatibility.native_cases.idefics3 import TOKENS as IDEFICS3_TOKENS
 from anyvlm.compatibility.native_cases.llava import TEXT, VISION
 from anyvlm.compatibility.native_checks import build_native
@@ -199,6 +202,43 @@ def test_a_processor_that_cannot_be_made_here_names_what_it_needs():
     ours, processor = from_native(native, native_processor)
     with pytest.raises(anyvlm.CompositionError, match=r"needs torchvision.*to_native\(model, None\)"):
         to_native(ours, processor)
+
+
+class Rounding:
+    """Resized pixels that are rounded otherwise than Pillow's, as torchvision's are."""
+
+    def resize(self, image, size, *args, **kwargs):
+        resized = super().resize(image, size, *args, **kwargs)
+        return resized if resized.shape == image.shape else resized ^ 1
+
+
+class GotOcr2ImageProcessor(Rounding, GotOcr2ImageProcessorPil):
+    """In the place of the one with torchvision."""
+
+
+class Cohere2VisionImageProcessor(Rounding, Cohere2VisionImageProcessorPil):
+    """Likewise; transformers has none of this name with Pillow."""
+
+
+@pytest.mark.parametrize(
+    ("model_type", "image_processor_class"),
+    [("aya_vision", GotOcr2ImageProcessor), ("cohere2_vision", Cohere2VisionImageProcessor)],
+)
+def test_rounding_of_pixels_by_torchvision_is_no_reason_to_refuse(model_type, image_processor_class):
+    case = next(case for case in native_cases("cohere_vision") if case.name == model_type)
+    native, native_processor = build_native(case, 0, True)
+    rounding = copy.copy(native_processor)
+    rounding.image_processor = image_processor_class.from_dict(native_processor.image_processor.to_dict())
+    picture = [[sample_picture(40, 90)]]
+    text = [native_processor.image_token]
+    exact, rounded = (made(text=text, images=picture)["pixel_values"] for made in (native_processor, rounding))
+    assert 0 < np.abs(np.array(exact) - np.array(rounded)).max() < 0.02
+    ours, processor = from_native(native, rounding)
+    found = processor(text=text, images=picture, return_tensors="np")["pixel_values"]
+    # Views are cut with Pillow, whatever the image processor does.
+    assert np.abs(found - np.array(exact)).max() == 0
+    exported, _ = to_native(ours, processor)
+    assert type(exported) is type(native)
 
 
 class TestSameProjector:
