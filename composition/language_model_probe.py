@@ -79,7 +79,7 @@ def probe_generation(model: PreTrainedModel) -> dict:
     """
     language_model = model.language_model
     name = type(language_model).__name__
-    with in_mode(model), _refusing(f"{name} cannot generate text inside a composed model"):
+    with in_mode(model), _causal(model), _refusing(f"{name} cannot generate text inside a composed model"):
         padded = model.language_model_interface.spec["left_padding"]
         for use_cache in (True, False):
             if _decodes(model, use_cache, padded):
@@ -290,6 +290,16 @@ def _decodes(model: PreTrainedModel, use_cache: bool, padded: bool) -> bool:
     found = torch.stack(steps, dim=1).float()  # (batch, 3, vocabulary)
     tolerance = rounding(model.language_model.dtype, _OTHER_SHAPES)
     return all(relative_error(found[row], logits[0, -4:-1]) <= tolerance for row, logits in enumerate(expected))
+
+
+@contextlib.contextmanager
+def _causal(model: PreTrainedModel) -> Iterator[None]:
+    """The text that is tried here is all answer; `image_attention` has a probe of its own."""
+    given, model.config.image_attention = model.config.image_attention, "causal"
+    try:
+        yield
+    finally:
+        model.config.image_attention = given
 
 
 @contextlib.contextmanager

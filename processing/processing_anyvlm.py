@@ -30,6 +30,7 @@ from .media_order import in_text_order, read_videos
 from .media_views import check_grids, clips_of, picture_tokens_text, take_apart, video_tokens_text
 from .pictures import to_rgb_picture
 from .pictures_first import PicturesFirstProcessor
+from .prompt_form import PromptFormProcessor, check_prompt_form
 from .video import Video, sample_video
 
 
@@ -43,7 +44,7 @@ class _VideoText(str):
     """What stands for a video, among the texts that stand for pictures."""
 
 
-class AnyVlmProcessor(PicturesFirstProcessor, InstructionProcessor):
+class AnyVlmProcessor(PromptFormProcessor, PicturesFirstProcessor, InstructionProcessor):
     """Text with pictures and videos to model inputs.
 
     Videos go along with pictures, as rows of them: `num_frames`, `fps` and `do_sample_frames`, as for transformers, say
@@ -64,6 +65,7 @@ class AnyVlmProcessor(PicturesFirstProcessor, InstructionProcessor):
             (`processing/image_text.py`).
         pictures_first: Image tokens come before everything else, bos and padding included
             (`processing/pictures_first.py`).
+        prompt_form: What a text must have behind its pictures and at its end (`processing/prompt_form.py`).
         video_token: Stands for a video in a text. It need not be a token: image tokens take its place.
         video_frames: As in the model's config: says which frames are looked at, and how many tokens they take.
         fusion: As in the model's config. With another than `"embed"` a picture has one token in the text.
@@ -83,6 +85,7 @@ class AnyVlmProcessor(PicturesFirstProcessor, InstructionProcessor):
         image_views=None,
         image_text=None,
         pictures_first=False,
+        prompt_form=None,
         video_token="<video>",
         video_frames=None,
         fusion="embed",
@@ -90,6 +93,7 @@ class AnyVlmProcessor(PicturesFirstProcessor, InstructionProcessor):
     ):
         check_image_views(image_views)
         check_image_text(image_text)
+        check_prompt_form(prompt_form)
         if has_newline(image_views) and has_text_between_views(image_text):
             raise ValueError(
                 "image_text writes something between the views of a picture, whose tokens image_views joins into one map "
@@ -104,6 +108,7 @@ class AnyVlmProcessor(PicturesFirstProcessor, InstructionProcessor):
             )
         self.image_token, self.video_token = image_token, video_token
         self.pictures_first = pictures_first
+        self.prompt_form = prompt_form
         self.image_views, self.image_text, self.video_frames = image_views, image_text, video_frames
         repeated = self._repeated_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(repeated)

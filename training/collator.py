@@ -41,6 +41,12 @@ class AnyVlmDataCollator:
         for sample in samples:
             messages, of_sample = place_media(sample)
             text, assistant_spans = render_with_assistant_spans(self.processor, messages)
+            if self.processor.complete_prompt(text) != text:
+                raise ValueError(
+                    f"This model's prompts have {self.processor.prompt_form['after_images']!r} behind the pictures, and the "
+                    "chat template does not write it, so the processor would, after the answer. Set a "
+                    "processor.chat_template that does."
+                )
             texts.append(text)
             spans.append(assistant_spans)
             pictures.append(of_sample["image"])

@@ -18,6 +18,8 @@ _MODULES = (
     "blip_2",
     "mistral3",
     "pixtral",
+    "gemma3",
+    "paligemma",
 )
 
 
