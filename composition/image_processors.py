@@ -20,6 +20,7 @@ from transformers.utils import is_torchvision_available
 from ..configuration.image_tokens import image_grids
 from ..modeling.picture_inputs import PICTURE_INPUTS, PictureInputs
 from ..modeling.vision_towers import call_vision_tower, read_features
+from ..processing.image_outputs import image_outputs
 from .errors import CompositionError
 from .parts import PartSource, pretrained_name
 from .tower_inputs import patch_edge, picture_inputs
@@ -159,7 +160,7 @@ def _makes_patches(processor: BaseImageProcessor, row: PictureInputs) -> bool:
             setattr(processor, key, False)
     pictures = [Image.fromarray(np.zeros((size, 96, 3), dtype=np.uint8)) for size in (64, 160)]
     try:
-        outputs = processor(pictures, return_tensors="pt")
+        outputs = image_outputs(processor, pictures, return_tensors="pt")
     except Exception as error:  # noqa: BLE001 - whatever fails there, another processor is looked for
         logger.warning("%s does not take a plain picture (%s).", type(processor).__name__, error)
         return False
@@ -177,7 +178,7 @@ def fits_tower(
     if not PICTURE_INPUTS[spec["inputs"]].from_processor:
         return True
     pictures = [Image.fromarray(np.zeros((*size, 3), dtype=np.uint8)) for size in ((160, 96), (96, 224))]
-    outputs = processor(pictures, return_tensors="pt")
+    outputs = image_outputs(processor, pictures, return_tensors="pt")
     keys = [key for key in PICTURE_INPUTS[spec["inputs"]].from_processor.values() if key in outputs]
     if not keys:
         return True

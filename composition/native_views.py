@@ -11,6 +11,7 @@ from ..configuration.image_views import plan_views
 from ..configuration.token_grids import token_grid
 from ..modeling.picture_inputs import PICTURE_INPUTS
 from ..modeling.vision_towers import call_vision_tower, read_features
+from ..processing.image_outputs import image_outputs
 from ..processing.processing_anyvlm import grids_of_outputs
 from .errors import CompositionError
 from .running import device_of, in_mode
@@ -103,23 +104,38 @@ def fit_to_budget(
     strip = max(1, min(budget, _TRIED_PATCHES * spec["patch"]["size"] ** 2 // edge**2)) * edge
     sizes = [plan_views(image_views, edge * budget, edge * budget).views[0].size, (edge, strip), (strip, edge)]
     views = [Image.fromarray(np.zeros((*size, 3), dtype=np.uint8)) for size in sizes]
+    # One by one: together the extreme ones might be padded to a huge square. Pictures of two sizes must go together, too.
+    batches = [[view] for view in views]
+    if budget > 1:
+        batches.append(
+            [Image.fromarray(np.zeros((*size, 3), dtype=np.uint8)) for size in ((edge, 2 * edge), (edge, edge))]
+        )
     try:
-        found = grids_of_outputs(spec, processor(views, do_resize=False, return_tensors="pt"))
+        for batch in batches:
+            outputs = image_outputs(processor, batch, do_resize=False, return_tensors="pt")
+            planned = [image_grid(spec, view.height, view.width) for view in batch]
+            if grids_of_outputs(spec, outputs) != planned:
+                raise CompositionError(_processor_message(processor))
+    except CompositionError:
+        raise
     except Exception as error:  # noqa: BLE001 - a processor may fail in any way; what it said is reported
         raise CompositionError(f"{_processor_message(processor)} ({_first_line(error)})") from error
-    if found != [image_grid(spec, *size) for size in sizes]:
-        raise CompositionError(_processor_message(processor))
-    outputs = processor(views[1:], do_resize=False, return_tensors="pt")
     device = device_of(vision_tower)
-    tensors = {
-        key: outputs[key].to(device)
-        for key in PICTURE_INPUTS[spec["inputs"]].from_processor.values()
-        if key in outputs
-    }
-    pixel_values = outputs["pixel_values"].to(device, vision_tower.dtype)
     try:
-        with torch.no_grad(), in_mode(vision_tower):
-            read_features(call_vision_tower(vision_tower, spec, pixel_values, layer, tensors), spec, found[1:])
+        for view in views[1:]:
+            outputs = image_outputs(processor, [view], do_resize=False, return_tensors="pt")
+            tensors = {
+                key: outputs[key].to(device)
+                for key in PICTURE_INPUTS[spec["inputs"]].from_processor.values()
+                if key in outputs
+            }
+            pixel_values = outputs["pixel_values"].to(device, vision_tower.dtype)
+            with torch.no_grad(), in_mode(vision_tower):
+                read_features(
+                    call_vision_tower(vision_tower, spec, pixel_values, layer, tensors),
+                    spec,
+                    [image_grid(spec, view.height, view.width)],
+                )
     except Exception as error:  # noqa: BLE001 - a tower may fail in any way; what it said is reported
         raise CompositionError(
             f"{type(vision_tower).__name__} does not take a picture of {strip}x{edge} pixels, which a budget of {budget} "

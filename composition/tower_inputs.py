@@ -67,6 +67,9 @@ def _details(kind: str, config: PreTrainedConfig, image_size: tuple[int, int]) -
         return [{"patch": None, "num_patches": rows * columns}]
     if kind == "tiles":
         return [{"patch": None, "num_tiles": config.max_num_tiles}]
+    if kind == "padded_pictures":
+        patch = {"size": _integer(config, "patch_size", 16), "frames": 1, "form": "flat", "block": 1}
+        return [{"patch": {**patch, "drops_rest": True}}]
     if not PICTURE_INPUTS[kind].is_patches:
         return [{"patch": None, **({"num_frames": _integer(config, "num_frames", 2)} if kind == "frames" else {})}]
     size = _integer(config, "patch_size", 16)

@@ -16,7 +16,8 @@ def image_grid(vision_tower_spec: dict, height: int, width: int) -> Grid:
     """
     if vision_tower_spec["any_size"]:
         edge = vision_tower_spec["patch"]["size"] * vision_tower_spec["merge_size"]
-        if height % edge or width % edge or not height or not width:
+        rest = 0 if vision_tower_spec["patch"].get("drops_rest") else height % edge or width % edge
+        if rest or height < edge or width < edge:
             raise ValueError(
                 f"The vision tower cuts pictures into patches of {edge}x{edge} pixels (merged ones), which "
                 f"{height}x{width} pixels (height x width) are no multiple of. Leave the processor's sizes as they "
@@ -41,8 +42,9 @@ def image_grids(vision_tower_spec: dict, pixel_values, processor_outputs: Mappin
         pixel_values: Plain pictures ``(num_images, channels, height, width)``, or patches.
         processor_outputs: What the tower's own image processor gives beside patches: ``image_grid_thw``
             ``(num_images, 3)``, ``spatial_shapes`` or ``target_sizes`` ``(num_images, 2)``, in patches,
-            ``image_position_ids`` ``(num_images, num_patches, 2)``, column and row, negative at padding, or
-            ``image_sizes`` ``(num_images, 2)``, in pixels. Empty for plain pictures.
+            ``image_position_ids`` ``(num_images, num_patches, 2)``, column and row, negative at padding,
+            ``image_sizes`` ``(num_images, 2)``, in pixels, or ``pixel_attention_mask`` ``(num_images, height, width)``, 0 at
+            padding. Empty for plain pictures.
     """
     merge = vision_tower_spec["merge_size"]
     for key in ("image_grid_thw", "spatial_shapes", "target_sizes"):
@@ -53,6 +55,10 @@ def image_grids(vision_tower_spec: dict, pixel_values, processor_outputs: Mappin
     if processor_outputs.get("image_position_ids") is not None:
         edges = processor_outputs["image_position_ids"].amax(1) + 1
         return [(rows // merge, columns // merge) for columns, rows in edges.tolist()]
+    if processor_outputs.get("pixel_attention_mask") is not None:
+        mask = processor_outputs["pixel_attention_mask"]
+        sizes = zip(mask.any(2).sum(1).tolist(), mask.any(1).sum(1).tolist())
+        return [image_grid(vision_tower_spec, *size) for size in sizes]
     if processor_outputs.get("image_sizes") is not None:
         return [image_grid(vision_tower_spec, *size) for size in processor_outputs["image_sizes"].tolist()]
     return [image_grid(vision_tower_spec, *pixel_values.shape[-2:])] * len(pixel_values)

@@ -205,7 +205,7 @@ class AnyVlmModel(FusionMixin, PreTrainedModel):
                 image processor makes them, with what it gives beside them:
             image_grid_thw: `(num_images, 3)`, frames, rows and columns of packed patches.
             spatial_shapes: `(num_images, 2)`, rows and columns of padded patches.
-            pixel_attention_mask: `(num_images, num_patches)`, 0 at padding.
+            pixel_attention_mask: `(num_images, num_patches)` or `(num_images, height, width)`, 0 at padding.
             target_sizes: `(num_images, 2)`, rows and columns of patches in a strip.
             image_position_ids: `(num_images, num_patches, 2)`, column and row of each patch, -1 at padding.
             image_sizes: `(num_images, 2)`, height and width of each picture in pixels, without what pads it.

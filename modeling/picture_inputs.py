@@ -40,6 +40,7 @@ class PictureInputs:
         from_pictures: `(pictures (B, C, H, W), spec) -> {this module's name: tensor}`.
         is_patches: Pictures are cut into patches before the tower, or their size must be a multiple of its patches.
         any_size: Any multiple of the (merged) patches will do as the size of a picture.
+        prepare: `(what the processor gave under this module's names, spec) -> what the tower takes`, where these differ.
         pixels: What towers of this kind call the pixels.
     """
 
@@ -49,6 +50,7 @@ class PictureInputs:
     optional: frozenset[str] = frozenset()
     is_patches: bool = True
     any_size: bool = True
+    prepare: Callable[[dict[str, torch.Tensor], dict], dict[str, torch.Tensor]] = lambda tensors, spec: tensors
     pixels: tuple[str, ...] = ("pixel_values", "pixel_values_images", "pixel_values_videos")
 
 
@@ -139,6 +141,23 @@ def _sized(pictures: torch.Tensor, spec: dict) -> dict[str, torch.Tensor]:
     return {"pixels": pictures, "sizes": sizes}
 
 
+def _unpadded(pictures: torch.Tensor, spec: dict) -> dict[str, torch.Tensor]:
+    """Pictures as they are, all of whose patches `(B, rows, columns)` are seen (NaViT, Dehghani et al. 2023; Idefics2)."""
+    size = spec["patch"]["size"]
+    rows, columns = pictures.shape[-2] // size, pictures.shape[-1] // size
+    return {
+        "pixels": pictures,
+        "patch_mask": torch.ones(len(pictures), rows, columns, dtype=torch.bool, device=pictures.device),
+    }
+
+
+def _masks_of_patches(tensors: dict[str, torch.Tensor], spec: dict) -> dict[str, torch.Tensor]:
+    """The mask of pixels `(B, H, W)`, 0 at padding, as one of patches: those that lie in the picture as a whole."""
+    size = spec["patch"]["size"]
+    squares = tensors["patch_mask"].bool().unfold(1, size, size).unfold(2, size, size)
+    return {**tensors, "patch_mask": squares.flatten(3).all(-1)}
+
+
 def _positioned(pictures: torch.Tensor, spec: dict) -> dict[str, torch.Tensor]:
     """Patches `(B, num_patches, size * size * C)`, each with its column and row `(B, num_patches, 2)` (Gemma 4)."""
     patches = cut_patches(pictures, spec["patch"]).permute(0, 1, 3, 4, 2).flatten(2)
@@ -210,6 +229,13 @@ PICTURE_INPUTS: dict[str, PictureInputs] = {
         from_processor={"sizes": "image_sizes"},
         from_pictures=_sized,
     ),
+    "padded_pictures": PictureInputs(
+        arguments={"patch_mask": ("patch_attention_mask",)},
+        from_processor={"patch_mask": "pixel_attention_mask"},
+        from_pictures=_unpadded,
+        prepare=_masks_of_patches,
+        is_patches=False,
+    ),
     "tiles": PictureInputs(
         arguments={"aspect_ratio_ids": ("aspect_ratio_ids",), "aspect_ratio_mask": ("aspect_ratio_mask",)},
         from_processor={},
@@ -259,7 +285,7 @@ def tower_arguments(spec: dict, pixel_values: torch.Tensor, processor_outputs: M
             )
         row = spec["patch"]["form"] == "row"
         pixels = pixel_values.unsqueeze(0) if row else pixel_values  # image processors leave that axis to the model
-        tensors = {"pixels": pixels, **{names[key]: value for key, value in given.items()}}
+        tensors = inputs.prepare({"pixels": pixels, **{names[key]: value for key, value in given.items()}}, spec)
         if "merge_sizes" in spec["arguments"]:
             tensors["merge_sizes"] = torch.full(
                 (len(tensors["grids"]),), spec["patch"]["block"], device=pixel_values.device

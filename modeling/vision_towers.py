@@ -162,5 +162,14 @@ def read_features(
             raise ValueError(f"The vision tower gives {features.shape[1]} features, but the grids {sum(sizes)}.")
         return list(features[0].split(sizes))
     features = features[:, spec["num_prefix_tokens"] : features.shape[1] - spec["num_suffix_tokens"]]
+    if spec["inputs"] == "padded_pictures":
+        padded = max(rows for rows, _ in grids), max(columns for _, columns in grids)
+        if math.prod(padded) != features.shape[1]:
+            raise ValueError(
+                f"Pictures of up to {padded[0]}x{padded[1]} features were padded further than to the largest of them: the "
+                f"tower gives {features.shape[1]}. Pass what the processor made of all of them in one call."
+            )
+        places = features.unflatten(1, padded)
+        return [sample[:rows, :columns].flatten(0, 1) for sample, (rows, columns) in zip(places, grids)]
     # A batch of pictures of several sizes is padded at the end.
     return [sample[:size] for sample, size in zip(features, sizes)]

@@ -24,6 +24,7 @@ from ..configuration.image_views import (
 from ..configuration.instructions import INSTRUCTION_KEYS
 from ..configuration.video_frames import num_video_tokens, takes_clips, video_settings
 from ..modeling.picture_inputs import PICTURE_INPUTS
+from .image_outputs import image_outputs
 from .image_text import check_image_text, has_text_between_views, picture_prefix
 from .instruction_processor import InstructionProcessor
 from .media_order import in_text_order, read_videos
@@ -174,7 +175,8 @@ class AnyVlmProcessor(PromptFormProcessor, PicturesFirstProcessor, InstructionPr
         views = [view for medium in media for view in medium.views]
         if has_planned_views(self.image_views) and self.image_views.get("view_size") is None:
             kwargs["do_resize"] = False  # the views have the sizes that the tower is to see
-        processed = self.image_processor(views, **{**kwargs, "return_tensors": kwargs.get("return_tensors") or "pt"})
+        kwargs["return_tensors"] = kwargs.get("return_tensors") or "pt"
+        processed = image_outputs(self.image_processor, views, **kwargs)
         # Image processors also return what only their own model reads (masks of padding, original sizes).
         outputs = {key: processed[key] for key in ("pixel_values", *self._patch_keys) if key in processed}
         check_grids(self, views, grids_of_outputs(self.vision_tower_spec, outputs))
@@ -308,7 +310,7 @@ def grids_of_sizes(
     """Rows and columns of features of pictures of the given `(height, width)` before processing."""
     # Only the image processor knows to which size it brings a picture.
     pictures = [Image.new("RGB", (width, height)) for height, width in image_sizes]
-    return grids_of_outputs(vision_tower_spec, image_processor(pictures, return_tensors="pt", **kwargs))
+    return grids_of_outputs(vision_tower_spec, image_outputs(image_processor, pictures, return_tensors="pt", **kwargs))
 
 
 def makes_one_size(image_processor, vision_tower_spec: dict) -> bool:

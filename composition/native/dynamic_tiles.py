@@ -81,7 +81,7 @@ def square_tower(config: AnyVlmConfig, beside: tuple[tuple[int, int], ...]) -> l
     found = spec["num_prefix_tokens"], spec["num_suffix_tokens"]
     return [
         (spec["layout"] == "sequence", f"its tower gives a sequence of tokens, not {spec['layout']!r}"),
-        (not spec["any_size"] and spec["inputs"] == "pictures", "its tower takes whole pictures of one size"),
+        (spec["inputs"] in ("pictures", "padded_pictures"), "its tower takes whole pictures"),
         (spec["grid"][0] == spec["grid"][1], f"its grids are square, not {spec['grid']}"),
         (found in beside, f"tokens beside the patches are one of {beside}, not {found}"),
         (set(spec["call_kwargs"]) <= {"return_dict"}, f"it calls its tower without {spec['call_kwargs']}"),
