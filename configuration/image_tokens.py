@@ -55,8 +55,8 @@ def image_grids(vision_tower_spec: dict, pixel_values, processor_outputs: Mappin
     if processor_outputs.get("image_position_ids") is not None:
         edges = processor_outputs["image_position_ids"].amax(1) + 1
         return [(rows // merge, columns // merge) for columns, rows in edges.tolist()]
-    if processor_outputs.get("pixel_attention_mask") is not None:
-        mask = processor_outputs["pixel_attention_mask"]
+    mask = processor_outputs.get("pixel_attention_mask")
+    if mask is not None and mask.ndim == 3:
         sizes = zip(mask.any(2).sum(1).tolist(), mask.any(1).sum(1).tolist())
         return [image_grid(vision_tower_spec, *size) for size in sizes]
     if processor_outputs.get("image_sizes") is not None:

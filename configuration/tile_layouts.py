@@ -26,7 +26,7 @@ class View:
         size: Pixels `(height, width)` of the view.
         resizes: Sizes `(height, width)` to which the whole picture is brought, one after the other.
         canvas: Size of a black canvas in whose middle the picture is laid then; `None` for none.
-        box: `(top, left, bottom, right)` of what is cut out of that; `None` for all of it.
+        box: `(top, left, bottom, right)` of what is cut out of that, and brought to `size`; `None` for all of it.
     """
 
     size: Size
@@ -167,17 +167,32 @@ def _with_longest_edge(height: int, width: int, longest_edge: int) -> Size:
 
 
 def _quarters(settings: dict, height: int, width: int) -> PictureViews:
-    """Idefics2: four quarters at the picture's own size, and the whole picture last (Laurençon et al. 2024)."""
+    """Idefics2: four quarters, cut before they are resized, and the whole picture last (Laurençon et al. 2024). With
+    `longest_edge` and `shortest_edge` each view's edges are brought between these, the shorter one by stretching it where it
+    must be. With `cut` false there are no quarters."""
+    size = _between(settings, height, width)
+    whole = View(size, () if size == (height, width) else (size,))
     middle, centre = height // 2, width // 2
-    if not middle or not centre:
-        return whole_picture(height, width)
+    if not settings.get("cut", True) or not middle or not centre:
+        return PictureViews((whole,))
     boxes = [
         (top, left, bottom, right)
         for top, bottom in ((0, middle), (middle, height))
         for left, right in ((0, centre), (centre, width))
     ]
-    views = [View((box[2] - box[0], box[3] - box[1]), box=box) for box in boxes]
-    return PictureViews((*views, View((height, width))), 2, 2, 4)
+    quarters = [View(_between(settings, box[2] - box[0], box[3] - box[1]), box=box) for box in boxes]
+    return PictureViews((*quarters, whole), 2, 2, 4)
+
+
+def _between(settings: dict, height: int, width: int) -> Size:
+    """The size of a view: `longest_edge` keeps the proportions, `shortest_edge` does not."""
+    longest, shortest = settings.get("longest_edge"), settings.get("shortest_edge")
+    proportion = width / height
+    if longest is not None and width >= height and width > longest:
+        height, width = int(longest / proportion), longest
+    elif longest is not None and height > width and height > longest:
+        height, width = longest, int(longest * proportion)
+    return max(height, shortest or 1), max(width, shortest or 1)
 
 
 def _pan_and_scan(settings: dict, height: int, width: int) -> PictureViews:

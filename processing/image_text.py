@@ -16,6 +16,7 @@ stands for the tokens of one view and `{row}`, `{column}`, `{index}` for the pla
 | `row_end` | after each row of tiles | Idefics3's line break |
 | `line_end` | after each row of tokens within a view | Mistral's `[IMG_BREAK]` |
 | `last_line_end` | in its place after a view's last row | Mistral's `[IMG_END]` |
+| `boundary` | begins and ends a picture, once between two; a space parts it from a word | Idefics2's `<fake>` |
 """
 
 from ..configuration.image_tokens import Grid
@@ -35,6 +36,7 @@ KEYS = (
     "row_end",
     "line_end",
     "last_line_end",
+    "boundary",
 )
 
 _TOKENS = "{tokens}"
@@ -56,7 +58,7 @@ def check_image_text(image_text: dict | None) -> None:
 
 def has_text_between_views(image_text: dict | None) -> bool:
     """Whether something is written between tokens of one picture, so that they are not one run."""
-    return bool(image_text) and bool(set(image_text) - {"token", "prefix", "start", "end"})
+    return bool(image_text) and bool(set(image_text) - {"token", "prefix", "start", "end", "boundary"})
 
 
 def joined_text(image_text: dict | None, token: str, num_tokens: int) -> str:
@@ -99,6 +101,20 @@ def view_tokens(image_text: dict, token: str, grid: Grid) -> str:
         return token * (rows * columns)
     last = image_text.get("last_line_end", line_end)
     return line_end.join([token * columns] * rows) + last
+
+
+def share_boundaries(image_text: dict | None, text: str, image_token: str, pictures: list[str]) -> list[str]:
+    """What stands for the pictures of one text, with the `boundary` between neighbours once, and a space before a word."""
+    boundary = (image_text or {}).get("boundary")
+    if not boundary:
+        return pictures
+    around, shared = text.split(image_token), []
+    for index, picture in enumerate(pictures):
+        if index and not around[index]:
+            picture = picture.removeprefix(boundary)
+        following = around[index + 1][:1]
+        shared.append(picture + " " if following.strip() and following != "<" else picture)
+    return shared
 
 
 def picture_prefix(image_text: dict | None, number: int) -> str:

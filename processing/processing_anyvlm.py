@@ -4,6 +4,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from ..configuration.instructions import INSTRUCTION_KEYS
 from ..configuration.video_frames import num_video_tokens, takes_clips, video_settings
 from ..modeling.picture_inputs import PICTURE_INPUTS
 from .image_outputs import image_outputs
-from .image_text import check_image_text, has_text_between_views, picture_prefix
+from .image_text import check_image_text, has_text_between_views, picture_prefix, share_boundaries
 from .instruction_processor import InstructionProcessor
 from .media_order import in_text_order, read_videos
 from .media_views import check_grids, clips_of, picture_tokens_text, take_apart, video_tokens_text
@@ -234,6 +235,14 @@ class AnyVlmProcessor(PromptFormProcessor, PicturesFirstProcessor, InstructionPr
         pictures = [replacement for replacement in images_replacements if not isinstance(replacement, _VideoText)]
         pictures = [
             picture_prefix(self.image_text, number) + replacement for number, replacement in zip(numbers, pictures)
+        ]
+        rest = iter(pictures)
+        pictures = [
+            picture
+            for sample in text
+            for picture in share_boundaries(
+                self.image_text, sample, self.image_token, list(islice(rest, sample.count(self.image_token)))
+            )
         ]
         return super().get_text_with_replacements(text, pictures, videos, *args[1:], **kwargs)
 

@@ -28,7 +28,9 @@ def _cut(stages: dict[tuple, Image.Image], view, resample: Image.Resampling) -> 
     if view.box is None:
         return resized
     top, left, bottom, right = view.box
-    return resized.crop((left, top, right, bottom))
+    part = resized.crop((left, top, right, bottom))
+    height, width = view.size
+    return part if part.size == (width, height) else part.resize((width, height), resample=resample)
 
 
 def _resized(stages: dict[tuple, Image.Image], resizes: tuple, resample: Image.Resampling) -> Image.Image:

@@ -72,7 +72,7 @@ def _processor(processor_class, image_processor_class, config, **settings):
     )
 
 
-def _views(inputs: BatchFeature) -> torch.Tensor:
+def views_of_lists(inputs: BatchFeature) -> torch.Tensor:
     """Out of lists of equal length, one for each text, without those that fill them up."""
     real = inputs["pixel_attention_mask"].flatten(0, 1).any(-1).any(-1)
     return inputs["pixel_values"].flatten(0, 1)[real]
@@ -83,19 +83,19 @@ CASES = (
         "idefics3",
         lambda tied: _config(Idefics3Config, tied),
         lambda config: _processor(Idefics3Processor, Idefics3ImageProcessorPil, config),
-        pixel_values=_views,
+        pixel_values=views_of_lists,
     ),
     NativeCase(
         "idefics3, pictures whole",
         lambda tied: _config(Idefics3Config, tied, scale_factor=4),
         lambda config: _processor(Idefics3Processor, Idefics3ImageProcessorPil, config, do_image_splitting=False),
-        pixel_values=_views,
+        pixel_values=views_of_lists,
     ),
     NativeCase(
         "smolvlm",
         # Older versions of the class need a multiple of patch_size tokens for each view.
         lambda tied: _config(SmolVLMConfig, tied, patch_size=4),
         lambda config: _processor(ImagesOnlySmolVLMProcessor, SmolVLMImageProcessorPil, config),
-        pixel_values=_views,
+        pixel_values=views_of_lists,
     ),
 )

@@ -16,6 +16,7 @@ _MODULES = (
     "cohere_vision",
     "idefics3",
     "blip_2",
+    "idefics2",
     "mistral3",
     "pixtral",
     "gemma3",

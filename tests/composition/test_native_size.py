@@ -12,6 +12,7 @@ from tiny_parts import text_config, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
+    Idefics2ImageProcessorPil,
     MiniCPMV4_6ImageProcessorPil,
     PixtralImageProcessorPil,
     Qwen2_5_VLForConditionalGeneration,
@@ -182,3 +183,26 @@ def test_plain_pictures_of_another_size_that_can_be_cut():
     model, _ = compose(tiny_configs.vision_config("siglip2_vision_model"), image_size=32)
     features = model.get_image_features(torch.zeros(2, 3, 16, 64))
     assert features.last_hidden_state.shape[:2] == (2, 16)
+
+
+def test_padded_pictures_give_the_towers_own_features():
+    """Idefics2's processor makes a list for each text, of which one is left, and a mask of pixels."""
+    image_processor = Idefics2ImageProcessorPil(size={"shortest_edge": 20, "longest_edge": 60})
+    tower = build_vision_tower(tiny_configs.vision_config("idefics2_vision")).eval()
+    model, processor = compose(tower, image_processor=image_processor)
+    inputs = encode(processor)
+    assert inputs["pixel_attention_mask"].shape == (len(PICTURES), *inputs["pixel_values"].shape[-2:])
+    features = model.get_image_features(**image_inputs(inputs)).last_hidden_state
+
+    native = image_processor([PICTURES], return_tensors="pt")
+    size = tower.config.patch_size
+    mask = native["pixel_attention_mask"][0].unfold(1, size, size).unfold(2, size, size).sum((-1, -2)) == size * size
+    with torch.no_grad():
+        expected = tower(native["pixel_values"][0], patch_attention_mask=mask).last_hidden_state[mask.flatten(1)]
+    assert torch.equal(features, expected)
+    assert inputs["input_ids"].eq(model.config.image_token_id).sum() == len(expected)
+    with pytest.raises(ValueError, match="padded further"):
+        model.get_image_features(
+            torch.nn.functional.pad(inputs["pixel_values"], (0, 40)),
+            pixel_attention_mask=torch.nn.functional.pad(inputs["pixel_attention_mask"], (0, 40)),
+        )
