@@ -10,23 +10,10 @@ import pytest
 import torch
 from PIL import Image
 from transformers.video_utils import load_video
+from video_files import write_video
 
 from anyvlm.configuration.video_frames import resolve_video_frames
 from anyvlm.processing.video import sample_video
-
-
-def write_video(num_frames=20, size=(48, 64), rate=10, codec="mpeg4", container="mp4") -> bytes:
-    """A video whose frames grow redder, with a white square at the upper left."""
-    buffer = BytesIO()
-    with av.open(buffer, "w", format=container) as output:
-        stream = output.add_stream(codec, rate=rate)
-        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
-        for index in range(num_frames):
-            frame = np.full((*size, 3), (index * 250 // num_frames, 20, 20), dtype=np.uint8)
-            frame[: size[0] // 2, : size[1] // 2] = 255
-            output.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        output.mux(stream.encode())
-    return buffer.getvalue()
 
 
 def settings(**given):
