@@ -188,7 +188,13 @@ def compose(
         check_projector_grid(projector_config, spec, any_grid=spec["any_size"] and settings is None)
         image_views = complete_views(settings, spec, projector_config, part.image_processor, part.size)
         if image_views and image_views["type"] == "native":
-            fit_to_budget(image_views, spec, vision_tower, part.image_processor, part.layer)
+            if image_size is not None:
+                raise CompositionError(
+                    'image_size brings every picture to one size, and views="native" keeps their own. Leave out either.'
+                )
+            part.image_processor, image_views = fit_to_budget(
+                image_views, spec, vision_tower, part.image_processor, part.layer
+            )
         frames = complete_video_frames(video_frames, spec, projector_config)
         view_size = (image_views or {}).get("view_size")
         if view_size and not makes_one_size(part.image_processor, spec):

@@ -253,6 +253,11 @@ def _colours(processor: BaseImageProcessor) -> dict:
     return {key: value for key, value in found.items() if value is not None}
 
 
+def plain_processor(processor: BaseImageProcessor, size: tuple[int, int]) -> BaseImageProcessor:
+    """One that makes whole pictures of the colours that another makes."""
+    return _plain_processor(size, _colours(processor))
+
+
 def _plain_processor(size: tuple[int, int], settings: dict) -> BaseImageProcessor:
     # Pillow's version of ViTImageProcessor; it is saved under that name, and either version loads it. Imported here
     # because transformers takes a while to load it.

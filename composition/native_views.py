@@ -1,5 +1,8 @@
 """Pictures of their own size and proportions, within a budget of tokens: which towers take them, and in what steps."""
 
+import math
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image
@@ -11,9 +14,9 @@ from ..configuration.image_views import plan_views
 from ..configuration.token_grids import token_grid
 from ..modeling.picture_inputs import PICTURE_INPUTS
 from ..modeling.vision_towers import call_vision_tower, read_features
-from ..processing.image_outputs import image_outputs
-from ..processing.processing_anyvlm import grids_of_outputs
+from ..processing.processing_anyvlm import grids_of_outputs, prepare_views
 from .errors import CompositionError
+from .image_processors import plain_processor
 from .running import device_of, in_mode
 
 
@@ -52,6 +55,11 @@ def native_settings(settings: dict, spec: dict, projector_config: dict) -> dict:
             "takes patches of any size, such as siglip2_vision_model (NaFlex), qwen2_5_vl_vision or minicpmv4_6_vision."
         )
     found = {"max_tokens": _MAX_TOKENS, "min_tokens": 1, **settings}
+    if not 1 <= found["min_tokens"] <= found["max_tokens"]:
+        raise CompositionError(
+            "A budget holds at least one token, and min_tokens is no more than max_tokens; got min_tokens="
+            f"{found['min_tokens']}, max_tokens={found['max_tokens']}."
+        )
     factor = _features_along_a_token(projector_config)
     if factor is None:
         # Queries: their number does not follow from the picture, so the budget is for what they look at.
@@ -62,8 +70,26 @@ def native_settings(settings: dict, spec: dict, projector_config: dict) -> dict:
                 f"{found['max_tokens']}. Raise max_tokens, which with this projector is a budget of features, or let the "
                 "projector make fewer."
             )
-    edge = spec["patch"]["size"] * spec["merge_size"] * (factor or 1)
-    return {**found, "view_size": None, "cell_size": edge}
+    patches = spec["merge_size"] * (factor or 1)
+    cell = math.lcm(patches, spec["patch"]["block"])
+    return _with_cell({**found, "view_size": None}, spec, cell, (cell // patches) ** 2)
+
+
+def _with_cell(settings: dict, spec: dict, patches: int, tokens: int) -> dict:
+    """
+    Args:
+        patches: Along each edge of a cell.
+        tokens: That a cell gives.
+
+    Raises:
+        CompositionError: no cell fits into the budget.
+    """
+    if settings["max_tokens"] < tokens:
+        raise CompositionError(
+            f"This vision tower gives at least {tokens} tokens of any picture, more than max_tokens="
+            f"{settings['max_tokens']}."
+        )
+    return {**settings, "cell_size": spec["patch"]["size"] * patches, "cell_tokens": tokens}
 
 
 def _features_along_a_token(projector_config: dict) -> int | None:
@@ -91,64 +117,70 @@ def fit_to_budget(
     vision_tower: nn.Module,
     processor: BaseImageProcessor,
     layer: int | list[int] | None,
-) -> None:
-    """Let the image processor make room for the budget, and see that it and the tower take what is planned: a picture as
-    large as the budget, and two of extreme proportions.
+) -> tuple[BaseImageProcessor, dict]:
+    """The image processor and `image_views` with which pictures come to the tower as planned, tried with a picture as
+    large as the budget and two of extreme proportions.
+
+    A processor that cuts patches keeps doing so, if it leaves the planned sizes. Otherwise a plain one with its colours
+    takes its place, and its pictures are cut (`processing/patch_cutting.py`). Some towers and processors take only even
+    numbers of patches and do not say so: cells of twice the size are tried too.
 
     Raises:
-        CompositionError: one of them does not.
+        CompositionError: the tower does not take them.
     """
-    edge, budget = image_views["cell_size"], image_views["max_tokens"]
-    if getattr(processor, "max_num_patches", None) is not None:  # it pads every picture to as many
-        processor.max_num_patches = budget * (edge // spec["patch"]["size"]) ** 2
-    strip = max(1, min(budget, _TRIED_PATCHES * spec["patch"]["size"] ** 2 // edge**2)) * edge
-    sizes = [plan_views(image_views, edge * budget, edge * budget).views[0].size, (edge, strip), (strip, edge)]
-    views = [Image.fromarray(np.zeros((*size, 3), dtype=np.uint8)) for size in sizes]
-    # One by one: together the extreme ones might be padded to a huge square. Pictures of two sizes must go together, too.
-    batches = [[view] for view in views]
-    if budget > 1:
-        batches.append(
-            [Image.fromarray(np.zeros((*size, 3), dtype=np.uint8)) for size in ((edge, 2 * edge), (edge, edge))]
-        )
-    try:
-        for batch in batches:
-            outputs = image_outputs(processor, batch, do_resize=False, return_tensors="pt")
-            planned = [image_grid(spec, view.height, view.width) for view in batch]
-            if grids_of_outputs(spec, outputs) != planned:
-                raise CompositionError(_processor_message(processor))
-    except CompositionError:
-        raise
-    except Exception as error:  # noqa: BLE001 - a processor may fail in any way; what it said is reported
-        raise CompositionError(f"{_processor_message(processor)} ({_first_line(error)})") from error
-    device = device_of(vision_tower)
-    try:
-        for view in views[1:]:
-            outputs = image_outputs(processor, [view], do_resize=False, return_tensors="pt")
-            tensors = {
-                key: outputs[key].to(device)
-                for key in PICTURE_INPUTS[spec["inputs"]].from_processor.values()
-                if key in outputs
-            }
-            pixel_values = outputs["pixel_values"].to(device, vision_tower.dtype)
-            with torch.no_grad(), in_mode(vision_tower):
-                read_features(
-                    call_vision_tower(vision_tower, spec, pixel_values, layer, tensors),
-                    spec,
-                    [image_grid(spec, view.height, view.width)],
-                )
-    except Exception as error:  # noqa: BLE001 - a tower may fail in any way; what it said is reported
-        raise CompositionError(
-            f"{type(vision_tower).__name__} does not take a picture of {strip}x{edge} pixels, which a budget of {budget} "
-            f"tokens allows ({_first_line(error)}). Lower max_tokens in views=…."
-        ) from error
-
-
-def _processor_message(processor: BaseImageProcessor) -> str:
-    return (
-        f'{type(processor).__name__} does not take pictures in the sizes that views="native" plans. Leave image_size and '
-        "image_processor out, or pass an image_processor that cuts patches for this tower, such as its family's."
+    patches = image_views["cell_size"] // spec["patch"]["size"]
+    doubled = (
+        _with_cell(image_views, spec, 2 * patches, 4 * image_views["cell_tokens"])
+        if (image_views["max_tokens"] >= 4 * image_views["cell_tokens"])
+        else None
+    )
+    plain = plain_processor(processor, (image_views["cell_size"],) * 2)
+    errors = []
+    for views, candidate, cut in (
+        (image_views, processor, False),
+        (image_views, plain, True),
+        (doubled, processor, False),
+        (doubled, plain, True),
+    ):
+        if views is None:
+            continue
+        views = {**views, "cut_patches": cut}
+        try:
+            _try(views, spec, vision_tower, candidate, layer)
+        except Exception as error:  # noqa: BLE001 - a tower or a processor may fail in any way; what it said is reported
+            errors.append(f"{type(error).__name__}: {error}".strip().splitlines()[0])
+        else:
+            return candidate, views
+    raise CompositionError(
+        f"{type(vision_tower).__name__} does not take all pictures that a budget of {image_views['max_tokens']} tokens "
+        f"allows ({errors[-1]}). Lower max_tokens in views=…, or leave views out."
     )
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+def _try(views: dict, spec: dict, vision_tower: nn.Module, processor: BaseImageProcessor, layer: Any) -> None:
+    """Raises whatever error comes of pictures at the edges of the budget."""
+    edge, budget = views["cell_size"], views["max_tokens"] // views["cell_tokens"]
+    if getattr(processor, "max_num_patches", None) is not None:  # it pads every picture to as many
+        processor.max_num_patches = budget * (edge // spec["patch"]["size"]) ** 2
+    strip = max(1, min(budget, _TRIED_PATCHES * spec["patch"]["size"] ** 2 // edge**2)) * edge
+    strips = [(edge, strip), (strip, edge)]
+    # One by one: together the extreme ones might be padded to a huge square. Pictures of two sizes must go together, too.
+    largest = plan_views(views, edge * budget, edge * budget).views[0].size
+    batches = [[largest], *([size] for size in strips), *([[(edge, 2 * edge), (edge, edge)]] if budget > 1 else [])]
+    prepared = [_prepare(sizes, views, spec, processor) for sizes in batches]
+    device = device_of(vision_tower)
+    for size, outputs in zip(strips, prepared[1:]):
+        tensors = {key: value.to(device) for key, value in outputs.items()}
+        pixel_values = tensors.pop("pixel_values").to(vision_tower.dtype)
+        with torch.no_grad(), in_mode(vision_tower):
+            features = call_vision_tower(vision_tower, spec, pixel_values, layer, tensors)
+            read_features(features, spec, [image_grid(spec, *size)])
+
+
+def _prepare(sizes: list[tuple[int, int]], views: dict, spec: dict, processor: BaseImageProcessor) -> dict:
+    pictures = [Image.fromarray(np.zeros((*size, 3), dtype=np.uint8)) for size in sizes]
+    outputs = prepare_views(processor, pictures, spec, views)
+    planned, found = [image_grid(spec, *size) for size in sizes], grids_of_outputs(spec, outputs)
+    if found != planned:
+        raise ValueError(f"{type(processor).__name__} makes {found} of pictures for {planned}")
+    return outputs

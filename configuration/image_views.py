@@ -9,7 +9,9 @@ how a picture becomes views; `None` means `{"type": "resize"}`, one view. Its ke
 | `view_size` | pixels `[height, width]` that the image processor makes of every view; `null`: as planned |
 | `layout` | of `tiles`: a row of `TILE_LAYOUTS`, whose functions say which settings they read |
 | `join` | `"concat"`: the views' tokens one after another; `"spatial"`: LLaVA-NeXT's merge of tiles into one map |
-| `max_tokens`, `min_tokens`, `cell_size` | of `native`: the budget, and the pixels along a token (`native_size.py`) |
+| `max_tokens`, `min_tokens` | of `native`: the budget |
+| `cell_size`, `cell_tokens` | of `native`: edge in pixels of the squares that sizes are multiples of, and its tokens |
+| `cut_patches` | of `native`: the image processor makes plain pictures, which are cut into patches afterwards |
 | `max_merged_tiles` | of `"spatial"`: a map of more tiles than this is scaled down (LLaVA-OneVision's `anyres_max_9`) |
 
 Everything here is arithmetic on sizes: no picture and no tensor is made.
@@ -85,9 +87,10 @@ def _nearest_multiple(length: float, unit: int) -> int:
 
 def _native(image_views: dict, height: int, width: int) -> PictureViews:
     """The whole picture in its own proportions, and in its own size where the budget allows it."""
-    size = native_size(
-        height, width, image_views["cell_size"], image_views["max_tokens"], image_views.get("min_tokens", 1)
-    )
+    tokens = image_views["cell_tokens"]
+    most = image_views["max_tokens"] // tokens
+    least = min(-(-image_views["min_tokens"] // tokens), most)
+    size = native_size(height, width, image_views["cell_size"], most, least)
     return whole_picture(height, width, size)
 
 

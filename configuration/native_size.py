@@ -2,7 +2,8 @@
 
 Towers of patches that take any size (NaFlex, Tschannen et al. 2025; NaViT, Dehghani et al. 2023; Qwen2-VL, Wang et al.
 2024) see a picture as it is. Here a picture is cut into *cells*, squares of `edge` pixels that become one token each: a
-patch, times the patches that the tower merges, times the tokens that the projector joins.
+patch, times the patches that the tower merges, times the tokens that the projector joins. (Some towers merge patches and
+part them again; then a cell is what they merge, and several tokens.)
 """
 
 import math

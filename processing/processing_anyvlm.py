@@ -30,6 +30,7 @@ from .image_text import check_image_text, has_text_between_views, picture_prefix
 from .instruction_processor import InstructionProcessor
 from .media_order import in_text_order, read_videos
 from .media_views import check_grids, clips_of, picture_tokens_text, take_apart, video_tokens_text
+from .patch_cutting import cut_pictures
 from .pictures import to_rgb_picture
 from .pictures_first import PicturesFirstProcessor
 from .prompt_form import PromptFormProcessor, check_prompt_form
@@ -174,12 +175,7 @@ class AnyVlmProcessor(PromptFormProcessor, PicturesFirstProcessor, InstructionPr
         if not media:
             return {}, []
         views = [view for medium in media for view in medium.views]
-        if has_planned_views(self.image_views) and self.image_views.get("view_size") is None:
-            kwargs["do_resize"] = False  # the views have the sizes that the tower is to see
-        kwargs["return_tensors"] = kwargs.get("return_tensors") or "pt"
-        processed = image_outputs(self.image_processor, views, **kwargs)
-        # Image processors also return what only their own model reads (masks of padding, original sizes).
-        outputs = {key: processed[key] for key in ("pixel_values", *self._patch_keys) if key in processed}
+        outputs = prepare_views(self.image_processor, views, self.vision_tower_spec, self.image_views, **kwargs)
         check_grids(self, views, grids_of_outputs(self.vision_tower_spec, outputs))
         numbers = [len(medium.views) for medium in media]
         videos = [medium.video for medium in media]
@@ -311,6 +307,24 @@ class AnyVlmProcessor(PromptFormProcessor, PicturesFirstProcessor, InstructionPr
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoProcessor") -> None:
         """Nothing to do: AutoProcessor calls this at every remote load, and `to_json_file` writes `auto_map`."""
+
+
+def prepare_views(
+    image_processor, views: list[Image.Image], vision_tower_spec: dict, image_views: dict | None, **kwargs
+) -> dict[str, torch.Tensor]:
+    """`pixel_values` of views, and what else the tower takes beside them."""
+    kwargs["return_tensors"] = kwargs.get("return_tensors") or "pt"
+    if has_planned_views(image_views) and image_views.get("view_size") is None:
+        kwargs["do_resize"] = False  # the views have the sizes that the tower is to see
+    if (image_views or {}).get("cut_patches"):
+        pictures = [
+            torch.as_tensor(image_outputs(image_processor, [view], **kwargs)["pixel_values"])[0] for view in views
+        ]
+        return cut_pictures(pictures, vision_tower_spec)
+    processed = image_outputs(image_processor, views, **kwargs)
+    # Image processors also return what only their own model reads (masks of padding, original sizes).
+    keys = ("pixel_values", *_patch_keys(vision_tower_spec))
+    return {key: processed[key] for key in keys if key in processed}
 
 
 def grids_of_sizes(
