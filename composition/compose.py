@@ -195,7 +195,7 @@ def compose(
             part.image_processor, image_views = fit_to_budget(
                 image_views, spec, vision_tower, part.image_processor, part.layer
             )
-        frames = complete_video_frames(video_frames, spec, projector_config)
+        frames = complete_video_frames(video_frames, spec, projector_config, fusion)
         view_size = (image_views or {}).get("view_size")
         if view_size and not makes_one_size(part.image_processor, spec):
             part.image_processor, part.size = load_image_processor(

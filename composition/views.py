@@ -40,6 +40,7 @@ class Measured:
     projector_config: dict
     image_views: dict | None
     video_frames: dict | None = None
+    fusion: str = "embed"
 
 
 def views_settings(views: str | dict | None) -> dict | None:
@@ -101,14 +102,14 @@ def complete_views(
     return found
 
 
-def complete_video_frames(video_frames: dict | None, spec: dict, projector_config: dict) -> dict:
+def complete_video_frames(video_frames: dict | None, spec: dict, projector_config: dict, fusion: str) -> dict:
     """`video_frames` for the config, with every key.
 
     Raises:
-        CompositionError: something that this tower or projector cannot do, or an unknown setting.
+        CompositionError: something that this tower, projector or fusion cannot do, or an unknown setting.
     """
     try:
-        return video_settings(Measured(spec, projector_config, None, video_frames))
+        return video_settings(Measured(spec, projector_config, None, video_frames, fusion))
     except ValueError as error:
         raise CompositionError(str(error)) from error
 

@@ -36,14 +36,19 @@ def video_settings(config: Any, **changes: Any) -> dict:
     projector or a detector, have no neighbours that could be averaged.
 
     Args:
-        config: Anything with `vision_tower_spec`, `projector_config` and `video_frames`: the model's config or the
-            processor.
+        config: Anything with `vision_tower_spec`, `projector_config`, `video_frames` and, unless it is `"embed"`,
+            `fusion`: the model's config or the processor.
         changes: In place of what `video_frames` says.
 
     Raises:
         ValueError: as `resolve_video_frames`; or something that this tower or projector cannot do.
     """
     spec, stated = config.vision_tower_spec, dict(config.video_frames or {})
+    if getattr(config, "fusion", "embed") != "embed" and stated.get("frame_text"):
+        raise ValueError(
+            "video_frames has a frame_text, but with this fusion a video has one token in the text, and nothing can be "
+            "written between its frames. Leave it out."
+        )
     if changes.get("fps") is not None:
         stated.pop("num_frames", None)
     if changes.get("num_frames") is not None:
@@ -175,7 +180,7 @@ def num_video_tokens(config: Any, num_frames: int, height: int, width: int) -> i
             `"embed"`, `fusion`: the model's config or the processor.
     """
     if getattr(config, "fusion", "embed") != "embed":
-        return 1 if takes_clips(config.vision_tower_spec) else num_frames
+        return 1
     grid = feature_grids(config, frame_view(config.image_views, height, width))[0]
     tokens = num_frame_tokens(video_settings(config), token_grid(config.projector_config, grid))
     return tokens if takes_clips(config.vision_tower_spec) else num_frames * tokens

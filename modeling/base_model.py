@@ -213,14 +213,14 @@ class AnyVlmModel(FusionMixin, PreTrainedModel):
                 projector that reads it.
             original_sizes: `(num_images, 2)`, height and width of each picture before it was cut into views; needed where
                 the config's `image_views` cut pictures.
-            num_video_frames: `(num_images + num_videos,)`, where there are videos: the frames of each, which are views
-                among the pictures', and 0 for a picture.
+            num_video_frames: `(num_images + num_videos,)`, where there are videos: the frames (or clips) of each, which
+                are views among the pictures', and 0 for a picture.
 
         Returns:
             `last_hidden_state`: the tower's features `(num_images, num_features, hidden_size)`, or
             `(all features, hidden_size)` of pictures of several sizes; `pooler_output`: a list with the tokens
-            `(num_tokens, embedding width)` of each picture, and of each frame of a video; `token_grids`: a list with the
-            rows and columns of these.
+            `(num_tokens, embedding width)` of each picture, and of each frame of a video, or with a fusion other than
+            `embed` of each video; `token_grids`: a list with the rows and columns of these.
 
         Raises:
             ValueError: pictures of another size or shape than the tower was composed for.
@@ -268,6 +268,7 @@ class AnyVlmModel(FusionMixin, PreTrainedModel):
                 num_video_frames,
                 video_settings(self.config),
                 lambda tokens, grids: self._join_views(tokens, grids, plans, original_sizes),
+                as_one=self.fusion is not None,
             )
         one_size = len(set(grids)) == 1
         return AnyVlmImageFeatures(

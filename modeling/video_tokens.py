@@ -49,6 +49,7 @@ def join_frames(
     num_video_frames: torch.Tensor,
     video_frames: dict,
     join_pictures: Callable[[list[torch.Tensor], list[Grid]], tuple[list[torch.Tensor], list[Grid | None]]],
+    as_one: bool = False,
 ) -> tuple[list[torch.Tensor], list[Grid | None]]:
     """Tokens `(num_tokens, width)` of each picture and of each frame, in their order, and their grids.
 
@@ -59,6 +60,7 @@ def join_frames(
         num_video_frames: As there.
         video_frames: As in the config, with every key.
         join_pictures: Tokens and grids of the views of all pictures to the tokens of each picture, and their grids.
+        as_one: A video is one picture, whose tokens are those of its frames one after another.
     """
     is_video = [count > 0 for count in num_video_frames.tolist()]
     views_of_each = [span.tolist() for span in torch.arange(len(tokens)).split(list(views))]
@@ -66,7 +68,9 @@ def join_frames(
     pictures = zip(*join_pictures([tokens[view] for view in of_pictures], [grids[view] for view in of_pictures]))
     joined = []
     for span, video in zip(views_of_each, is_video):
-        joined.extend(
-            [pool_frame(tokens[view], grids[view], video_frames) for view in span] if video else [next(pictures)]
-        )
+        if not video:
+            joined.append(next(pictures))
+            continue
+        frames = [pool_frame(tokens[view], grids[view], video_frames) for view in span]
+        joined.extend([(torch.cat([frame for frame, _ in frames]), None)] if as_one else frames)
     return [found for found, _ in joined], [grid for _, grid in joined]

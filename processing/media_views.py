@@ -70,11 +70,13 @@ def check_grids(config: Any, views: Sequence[Image.Image], grids: Sequence[Grid]
 
 
 def clips_of(pixel_values: torch.Tensor, media: Sequence[Medium]) -> torch.Tensor:
-    """Frames `(all frames, C, H, W)` to clips `(pictures and videos, frames, C, H, W)`; a still picture stands for each of
-    its clip's frames."""
-    number = max(len(medium.views) for medium in media)
-    clips = pixel_values.split([len(medium.views) for medium in media])
-    return torch.stack([clip if len(clip) == number else clip.expand(number, -1, -1, -1) for clip in clips])
+    """Views of pictures and frames of videos `(all of them, C, H, W)` to clips `(clips, frames, C, H, W)`: one of each
+    video, and one of each view of a picture, which stands still in it."""
+    number = next(len(medium.views) for medium in media if medium.video is not None)
+    clips = []
+    for views, medium in zip(pixel_values.split([len(medium.views) for medium in media]), media):
+        clips.append(views[None] if medium.video else views[:, None].expand(-1, number, -1, -1, -1))
+    return torch.cat(clips)
 
 
 def picture_tokens_text(
@@ -91,13 +93,16 @@ def picture_tokens_text(
 def video_tokens_text(config: Any, image_text: dict | None, token: str, video: Video, grids: Sequence[Grid]) -> str:
     """What the text has in the place of a video, whose frames have features in `grids`, or all in one for a clip.
 
-    Each frame is written as a picture that is not cut, behind its own text (`frame_text`).
+    Each frame is written as a picture that is not cut, behind its own text (`frame_text`). With a fusion other than
+    `"embed"`, the whole video is one picture.
     """
+    if config.fusion != "embed":
+        return joined_text(image_text, token, 1)
     settings = video_settings(config)
     whole = whole_picture(1, 1)
-    tokens = [frame_grid(settings, token_grid(config.projector_config, grid)) for grid in grids]
-    if config.fusion != "embed":  # each frame is a picture of its own
-        tokens = [(1, 1)] * len(grids)
-    frames = [picture_text(image_text, token, whole, [grid]) for grid in tokens]
+    frames = [
+        picture_text(image_text, token, whole, [frame_grid(settings, token_grid(config.projector_config, grid))])
+        for grid in grids
+    ]
     before = [""] if takes_clips(config.vision_tower_spec) else video.texts(settings)
     return "".join(text + frame for text, frame in zip(before, frames, strict=True))

@@ -178,13 +178,12 @@ class AnyVlmProcessor(PromptFormProcessor, PicturesFirstProcessor, InstructionPr
         outputs = prepare_views(self.image_processor, views, self.vision_tower_spec, self.image_views, **kwargs)
         check_grids(self, views, grids_of_outputs(self.vision_tower_spec, outputs))
         numbers = [len(medium.views) for medium in media]
-        videos = [medium.video for medium in media]
-        if any(videos) and takes_clips(self.vision_tower_spec):
-            outputs["pixel_values"], numbers = clips_of(outputs["pixel_values"], media), [1] * len(media)
-        elif any(videos):
-            outputs["num_video_frames"] = torch.tensor(
-                [number if video else 0 for number, video in zip(numbers, videos)]
-            )
+        if any(medium.video for medium in media):
+            if takes_clips(self.vision_tower_spec):
+                outputs["pixel_values"] = clips_of(outputs["pixel_values"], media)
+                numbers = [1 if medium.video else number for medium, number in zip(media, numbers)]
+            frames = [number if medium.video else 0 for medium, number in zip(media, numbers)]
+            outputs["num_video_frames"] = torch.tensor(frames)
         sizes = [medium.size for medium in media if medium.video is None]
         if has_several_views(self.image_views) and sizes:
             outputs["original_sizes"] = torch.tensor(sizes)
@@ -293,8 +292,7 @@ class AnyVlmProcessor(PromptFormProcessor, PicturesFirstProcessor, InstructionPr
         names = [name for name in self.tokenizer.model_input_names if name != "token_type_ids"]
         sizes = ["original_sizes"] if has_several_views(self.image_views) else []
         instructions = INSTRUCTION_KEYS if self.qformer_tokenizer is not None else ()
-        videos = [] if takes_clips(self.vision_tower_spec) else ["num_video_frames"]
-        return [*names, "pixel_values", *self._patch_keys, *sizes, *videos, *instructions]
+        return [*names, "pixel_values", *self._patch_keys, *sizes, "num_video_frames", *instructions]
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """Write the processor's config and, beside it, the code: `save_pretrained` and `push_to_hub` come by here."""

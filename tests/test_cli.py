@@ -18,6 +18,7 @@ from transformers import (
     ViTConfig,
     ViTImageProcessor,
 )
+from video_files import write_video
 
 from anyvlm import CompositionError, cli
 from anyvlm.compatibility.native_cases import native_cases
@@ -137,6 +138,26 @@ def test_generate_sees_the_pictures(capsys, parts, picture, tmp_path, monkeypatc
     assert (code, out) == (0, "seven\n")
     assert seen["pixel_values"].shape == (2, 3, 16, 16)
     assert seen["max_new_tokens"] == 128 and seen["do_sample"] is False
+
+
+def test_generate_sees_the_videos(capsys, parts, picture, tmp_path, monkeypatch):
+    checkpoint = tmp_path / "vlm"
+    assert run(capsys, "compose", *parts, "--output", checkpoint)[0] == 0
+    (tmp_path / "video.mp4").write_bytes(write_video())
+    seen = {}
+
+    def generate(self, *args, **inputs):
+        seen.update(inputs)
+        return torch.cat([inputs["input_ids"], torch.tensor([small_tokenizer().encode(" seven")])], dim=1)
+
+    monkeypatch.setattr(GenerationMixin, "generate", generate)
+    video = ("-v", tmp_path / "video.mp4")
+    code, out, err = run(
+        capsys, "generate", checkpoint, "-p", "What?", *video, "-i", picture, *video, "--num-frames", 3
+    )
+    assert (code, out) == (0, "seven\n"), err
+    assert seen["num_video_frames"].tolist() == [0, 3, 3]
+    assert seen["pixel_values"].shape == (7, 3, 16, 16)
 
 
 def bad_inputs(parts, tmp_path):

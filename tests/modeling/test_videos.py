@@ -7,6 +7,7 @@ from tiny_parts import compose
 from transformers import AutoModelForCausalLM, AutoProcessor, LlavaNextVideoConfig
 from transformers.models.llava_next_video.modeling_llava_next_video import LlavaNextVideoPooler
 
+import anyvlm
 from anyvlm.configuration.video_frames import resolve_video_frames
 from anyvlm.modeling.video_tokens import pool_frame
 
@@ -88,7 +89,10 @@ def test_grid_that_does_not_divide():
         {"vision": "siglip2_vision_model", "views": {"type": "native", "max_tokens": 25}},
         {"vision": "qwen2_5_vl_vision", "views": {"type": "native", "max_tokens": 25}},
         {"vision": "vivit"},
+        {"vision": "vivit", "views": {"type": "tiles", "layout": "dynamic", "max_tiles": 3}},
+        {"image_attention": "bidirectional"},
     ],
+    ids=str,
 )
 def test_processor_counts_what_the_model_makes(settings):
     """Also: in a padded batch as alone, and after generation with beams as without a batch."""
@@ -122,6 +126,58 @@ def test_frames_change_the_logits_in_their_order(plain):
         logits(model, processor(text=text, videos=video, return_tensors="pt"))[0, -1] for video in (straight, turned)
     ]
     assert (found[0] - found[1]).abs().max() > 1e-4
+
+
+class TestFusion:
+    """With a fusion other than `embed` a video is one picture with the tokens of all its frames."""
+
+    @pytest.fixture(scope="class", params=["cross_attention", "gated"])
+    def model_and_processor(self, request):
+        model, processor = compose(fusion=request.param, video_frames={"num_frames": 3})
+        for name, parameter in model.fusion.named_parameters():
+            if "gate" in name:
+                torch.nn.init.constant_(parameter, 0.5)
+        return model, processor
+
+    def test_one_placeholder_for_all_frames(self, model_and_processor):
+        model, processor = model_and_processor
+        inputs = processor(
+            text=["w1 <video> w2 <image> w3"], images=[picture(9)], videos=[frames(3)], return_tensors="pt"
+        )
+        assert int((inputs["input_ids"] == processor.image_token_id).sum()) == 2
+        assert [len(tokens) for tokens in features(model, inputs)] == [3 * 4, 16]
+        assert processor._get_num_multimodal_tokens(video_sizes=[(3, 40, 50)]).num_video_tokens == [1]
+
+    def test_every_frame_is_seen(self, model_and_processor):
+        model, processor = model_and_processor
+        found = logits(model, processor(text=["<video> w2 w3"], videos=frames(3), return_tensors="pt"))
+        for index in range(3):
+            other = frames(3)
+            other[index] = picture(30)
+            changed = logits(model, processor(text=["<video> w2 w3"], videos=other, return_tensors="pt"))
+            assert (changed - found)[0, -1].abs().max() > 1e-6
+
+    def test_a_batch_as_each_alone(self, model_and_processor):
+        model, processor = model_and_processor
+        texts, videos, images = (
+            ["w1 <video> w2", "<image> w3 <video> w4 w5"],
+            [[frames(3)], [frames(2, 7)]],
+            [[], [picture(8)]],
+        )
+        batch = processor(text=texts, videos=videos, images=images, padding=True, return_tensors="pt")
+        found = logits(model, batch)
+        answers = model.generate(**batch, max_new_tokens=3, do_sample=False)
+        for row in range(2):
+            alone = processor(text=texts[row], videos=[videos[row]], images=[images[row]], return_tensors="pt")
+            torch.testing.assert_close(
+                found[row][batch["attention_mask"][row].bool()], logits(model, alone)[0], rtol=1e-4, atol=1e-5
+            )
+            expected = model.generate(**alone, max_new_tokens=3, do_sample=False)
+            assert torch.equal(answers[row, -3:], expected[0, -3:])
+
+    def test_text_between_frames_is_refused(self):
+        with pytest.raises(anyvlm.CompositionError, match="nothing can be written between its frames"):
+            compose(fusion="cross_attention", video_frames={"frame_text": "{number}"})
 
 
 class TestTowerOfClips:

@@ -142,3 +142,27 @@ class TestRefusals:
         sample = {"messages": [turn("user", content), turn("assistant", "w1")], "images": [picture(1)]}
         with pytest.raises(ValueError, match="one place"):
             anyvlm.AnyVlmDataCollator(processor_with())([sample])
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_videos_in_samples(inline):
+    """In the messages or beside them; the answer after them is what is supervised."""
+    video = [picture(index) for index in range(3)]
+    block = {"type": "video", "video": video} if inline else {"type": "video"}
+    messages = [turn("user", [block, {"type": "text", "text": " w5 "}, {"type": "image"}]), turn("assistant", "w1 w2")]
+    sample = {"messages": messages, "images": [picture(9)], **({} if inline else {"videos": [video]})}
+    processor = processor_with()
+    batch = anyvlm.AnyVlmDataCollator(processor)([sample, {"messages": [turn("user", "w7"), turn("assistant", "w8")]}])
+    assert batch["num_video_frames"].tolist() == [3, 0] and len(batch["pixel_values"]) == 4
+    kept = batch["labels"][0][batch["labels"][0] != -100]
+    assert processor.tokenizer.decode(kept) == "w1 w2 </s>"
+
+
+def test_videos_without_a_place_come_first():
+    sample = {
+        "messages": [turn("user", "w5"), turn("assistant", "w1")],
+        "videos": [[picture(0)]],
+        "images": [picture(1)],
+    }
+    batch = anyvlm.AnyVlmDataCollator(processor_with())([sample])
+    assert sorted(batch["num_video_frames"].tolist()) == [0, 1]
