@@ -93,7 +93,9 @@ class ComposedModel:
         inputs = self.one_picture()
         tokens = torch.cat(list(self.model.get_image_features(**self.image_inputs(inputs)).pooler_output))
         scale = 3 * embedding_rms(self.model.language_model) / tokens.square().mean().sqrt()
-        self.model.multi_modal_projector.output_layer.weight.mul_(scale)
+        output_layer = self.model.multi_modal_projector.output_layer
+        if output_layer is not None:
+            output_layer.weight.mul_(scale)
 
     @torch.no_grad()
     def _fit_batch_norms(self) -> None:

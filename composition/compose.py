@@ -31,7 +31,7 @@ from .model_sizes import num_positions
 from .native_views import fit_to_budget
 from .parts import PartSource, load_language_model, load_vision_tower, pretrained_name, source_name
 from .probe import probe_features
-from .projector_grid import check_projector_grid
+from .projector_grid import check_projector_grid, check_projector_widths
 from .tokenizers import (
     add_image_token,
     load_instruction_tokenizer,
@@ -83,7 +83,7 @@ def compose(
         text: The language model, likewise.
         audio: Not supported yet; anything but `None` is refused.
         projector: `"linear"`, `"mlp"`, `"pixel_shuffle"`, `"avg_pool"`, `"patch_merger"`, `"conv"`, `"resampler"`,
-            `"qformer"`, or a dict with `type` and arguments (`modeling/projectors.py`).
+            `"qformer"`, `"identity"`, or a dict with `type` and arguments (`modeling/projectors.py`).
         fusion: `"embed"`: image tokens take the place of placeholders in the language model's input.
             `"cross_attention"`: text attends to them in layers before every 4th decoder layer. `"gated"`: each text
             embedding attends to them. Or a dict with `type` and arguments (`modeling/fusion.py`).
@@ -215,6 +215,7 @@ def compose(
             "out_features": embedding_width,
             **projector_config,
         }
+        check_projector_widths(projector_config)
         image_fusion_config = None
         if fusion != "embed":
             widths = (embedding_width, projector_config["out_features"])
@@ -295,12 +296,14 @@ def _match_embedding_scale(model: AnyVlmForConditionalGeneration, features: torc
         features: Of some pictures, `(num_pictures, num_features, hidden_size)`, fp32.
     """
     projector = model.multi_modal_projector
-    dtype = projector.output_layer.weight.dtype
-    features = features.to(projector.output_layer.weight.device)
-    tokens, _ = projector.float()(features, tuple(model.config.vision_tower_spec["grid"]))
     rms = embedding_rms(model.language_model)
     if has_newline(model.config.image_views):
         model.image_newline.normal_(std=float(rms))
+    if projector.output_layer is None:
+        return
+    dtype = projector.output_layer.weight.dtype
+    features = features.to(projector.output_layer.weight.device)
+    tokens, _ = projector.float()(features, tuple(model.config.vision_tower_spec["grid"]))
     scale = rms / tokens.square().mean().sqrt().clamp(min=1e-12)
     projector.output_layer.weight.mul_(scale)
     projector.to(dtype)

@@ -1,6 +1,9 @@
 """Whether a projector can make tokens of what a tower gives."""
 
+import torch
+
 from ..configuration.token_grids import NEED_ROWS_AND_COLUMNS, TOKEN_GRIDS, Grid, token_grid
+from ..modeling.projectors import build_projector
 from .errors import CompositionError
 
 
@@ -32,3 +35,12 @@ def check_projector_grid(projector_config: dict, spec: dict, any_grid: bool) -> 
             ' Pictures keep their own sizes with this tower, unless views="native" rounds them.' if any_grid else ""
         )
         raise CompositionError(f"Projector {projector_type!r}: {error}{sizes}") from error
+
+
+def check_projector_widths(projector_config: dict) -> None:
+    """Raise `CompositionError` if the projector cannot be built between these widths."""
+    try:
+        with torch.device("meta"):
+            build_projector(projector_config)
+    except ValueError as error:
+        raise CompositionError(str(error)) from error

@@ -11,7 +11,7 @@ Grid = tuple[int, int]
 
 
 def same_grid(grid: Grid) -> Grid:
-    """`linear` and `mlp`: a token for each feature."""
+    """`identity`, `linear` and `mlp`: a token for each feature."""
     return grid
 
 
@@ -62,6 +62,7 @@ def queried_grid(grid: Grid, num_queries: int = 32) -> Grid:
 
 #: Type of projector -> the function for its grid, and the arguments in its config that this takes.
 TOKEN_GRIDS: dict[str, tuple[Callable[..., Grid], tuple[str, ...]]] = {
+    "identity": (same_grid, ()),
     "linear": (same_grid, ()),
     "mlp": (same_grid, ()),
     "pixel_shuffle": (shuffled_grid, ("scale_factor", "pad")),

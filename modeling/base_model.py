@@ -313,7 +313,8 @@ class AnyVlmModel(FusionMixin, PreTrainedModel):
         self, features: list[torch.Tensor], grids: list[tuple[int, int]], instructions: dict[str, torch.Tensor]
     ) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
         """Tokens of each view and their grids; the projector runs once for all views of one grid."""
-        dtype = self.multi_modal_projector.output_layer.weight.dtype
+        output_layer = self.multi_modal_projector.output_layer
+        dtype = features[0].dtype if output_layer is None else output_layer.weight.dtype
         tokens: list = [None] * len(features)
         token_grids: list = [None] * len(features)
         for grid in dict.fromkeys(grids):

@@ -3,6 +3,7 @@
 A projector is called with `features` of shape `(num_images, num_features, in_features)` and the features' grid
 `(rows, columns)`; it returns `(tokens, grid)` with tokens of shape `(num_images, num_tokens, out_features)`.
 Its `output_layer` is the last linear map; what follows it is linear too, so that its scale sets the scale of the tokens.
+It is `None` where there is nothing to scale.
 """
 
 import torch
@@ -30,8 +31,27 @@ class LinearProjector(nn.Module):
         return self.linear(features), grid
 
 
+class IdentityProjector(nn.Module):
+    """No projector, for towers that give tokens of the language model's width themselves (Qwen2-VL, Wang et al. 2024, whose
+    tower ends in a merger of patches)."""
+
+    output_layer = None
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        if in_features != out_features:
+            raise ValueError(
+                f"An identity projector leaves features as they are, but the tower's are {in_features} wide and the "
+                f'language model\'s embeddings {out_features}. Use projector="mlp".'
+            )
+
+    def forward(self, features: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, Grid]:
+        return features, grid
+
+
 #: Type in `projector_config` -> class. What tokens a type makes of a grid is in `configuration/token_grids.py`.
 PROJECTORS: dict[str, type[nn.Module]] = {
+    "identity": IdentityProjector,
     "linear": LinearProjector,
     "mlp": MlpProjector,
     "pixel_shuffle": PixelShuffleProjector,

@@ -21,6 +21,7 @@ _MODULES = (
     "pixtral",
     "gemma3",
     "paligemma",
+    "qwen2_vl",
 )
 
 

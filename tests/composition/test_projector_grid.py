@@ -11,6 +11,10 @@ from anyvlm.compatibility import tiny_configs
 from anyvlm.modeling.projectors import PROJECTORS
 
 
+#: Projectors with weights.
+LEARNT = [name for name in PROJECTORS if name != "identity"]
+
+
 GRID_PROJECTORS = ["pixel_shuffle", "patch_merger", "avg_pool", "conv"]
 
 
@@ -23,7 +27,7 @@ TOWERS = {
 }
 
 
-@pytest.mark.parametrize("projector", PROJECTORS)
+@pytest.mark.parametrize("projector", LEARNT)
 @pytest.mark.parametrize("vision", TOWERS)
 def test_tokens_and_placeholders_agree(vision, projector):
     arguments = {"pad": True} if projector in ("pixel_shuffle", "patch_merger") else {}
@@ -56,6 +60,31 @@ def test_composed_model_passes_the_checks(projector, tmp_path):
     reloaded = anyvlm.AnyVlmForConditionalGeneration.from_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(tester.model(**inputs).logits, reloaded(**inputs).logits)
+
+
+class TestIdentity:
+    def test_tokens_are_the_towers_features(self, tmp_path):
+        tower = tiny_configs.vision_config("qwen2_vl_vision")
+        tower.hidden_size = 32
+        model, processor = anyvlm.compose(
+            vision=tower,
+            text=text_config("llama"),
+            tokenizer=tiny_tokenizer(),
+            projector="identity",
+            **TOWERS["qwen2_vl_vision"],
+        )
+        inputs = processor(text=["w1 <image>"], images=[picture(0, (70, 90))], return_tensors="pt")
+        with torch.no_grad():
+            features = model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+        assert torch.equal(torch.cat(features.pooler_output), features.last_hidden_state.flatten(0, -2))
+        model.save_pretrained(tmp_path)
+        reloaded = anyvlm.AnyVlmForConditionalGeneration.from_pretrained(tmp_path)
+        with torch.no_grad():
+            assert torch.equal(model(**inputs).logits, reloaded(**inputs).logits)
+
+    def test_other_widths_are_refused(self):
+        with pytest.raises(anyvlm.CompositionError, match='40 wide.*32.*projector="mlp"'):
+            compose("resnet", projector="identity", image_size=64)
 
 
 class TestRefusals:
