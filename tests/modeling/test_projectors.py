@@ -321,7 +321,7 @@ class TestPixelShuffle:
 @pytest.mark.parametrize(
     ("projector_config", "message"),
     [
-        ({"type": "magic"}, "avg_pool, conv, linear, mlp, patch_merger, pixel_shuffle"),
+        ({"type": "magic"}, "avg_pool, conv, identity, linear, mlp, patch_merger, pixel_shuffle"),
         ({"type": "mlp", "num_layers": 0}, "num_layers >= 1, got 0"),
         ({"type": "mlp", "hidden_features": [4, 5]}, "2 widths, but there are 1 places"),
         ({"type": "mlp", "norm": "batch_norm"}, "layer_norm, rms_norm, zero_centered_rms_norm"),
