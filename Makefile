@@ -17,13 +17,14 @@ WORKERS ?= auto
 # What the oldest transformers must pass: everything but the demo, the benchmarks and the style of commands.
 CORE_TESTS := tests/composition tests/configuration tests/modeling tests/processing tests/training tests/test_checkpoint.py
 
-.PHONY: help demo test test-oldest matrix lint format parity clean
+.PHONY: help demo test test-oldest matrix architectures lint format parity clean
 
 help:
 	@echo "make demo     make an environment, compose, train on handwritten digits, report (out/demo)"
 	@echo "make test     make an environment and run the tests"
 	@echo "make test-oldest  the core tests with the oldest supported transformers ($(OLDEST)), in its own environment"
 	@echo "make matrix   compute which towers and language models work (docs/compatibility.md); goes on where it was"
+	@echo "make architectures  compare every native family with its class of transformers (docs/architectures.md)"
 	@echo "make lint     check the style"
 	@echo "make format   put the style right"
 	@echo "make parity   measure against the native LLaVA class"
@@ -55,6 +56,9 @@ test-oldest: $(INSTALLED_OLDEST)
 
 matrix: $(INSTALLED)
 	$(BIN)/python -m anyvlm.compatibility.run $(MATRIX_ARGUMENTS)
+
+architectures: $(INSTALLED)
+	$(BIN)/python -m anyvlm.compatibility.architectures
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -7,6 +7,7 @@ import torch
 import transformers
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
+from ..composition.errors import CompositionError
 from ..composition.native import family_of, from_native, to_native
 from ..composition.native.equality import logits_of, sample_picture
 from .native_cases import NativeCase
@@ -58,8 +59,12 @@ def check_case(case: NativeCase, seeds: tuple[int, ...] = SEEDS) -> CaseResult:
     result = CaseResult(case.name, family.model_class)
     for seed in seeds:
         for tied in case.ties:
+            where = f"seed {seed}, {'tied' if tied else 'untied'}"
             native, native_processor = build_native(case, seed, tied)
-            _check_one(case, native, native_processor, f"seed {seed}, {'tied' if tied else 'untied'}", result)
+            try:
+                _check_one(case, native, native_processor, where, result)
+            except CompositionError as error:
+                result.problems.append(f"refused: {error} ({where})")
     return result
 
 
