@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoProcessor, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoProcessor, GenerationConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange
 
@@ -22,6 +22,7 @@ from ..small_copies import build_on_meta
 from .checkpoint_keys import Loaded, as_saved, loading_plan
 from .exporting import processor_to_native
 from .families import family_of
+from .family import NativeFamily
 from .importing import our_config, picture_size, processor_from_native, read_pieces
 from .keys import NATIVE, OURS, Rule, Step, plan
 from .shard_files import ShardReader, ShardWriter
@@ -43,6 +44,7 @@ def convert_checkpoint(
     max_shard_size: int | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    processor: ProcessorMixin | None = None,
     on_progress: Progress | None = None,
 ) -> str:
     """Convert a native checkpoint to ours, or with `to_native` one of ours to its native class.
@@ -56,6 +58,7 @@ def convert_checkpoint(
         destination: Folder for the result.
         max_shard_size: Most bytes of one file of weights. Default: the source's largest file.
         overwrite: Take the place of a folder that holds files.
+        processor: In place of the source's own, where that cannot be loaded.
         on_progress: Told what is going on.
 
     Returns:
@@ -75,7 +78,7 @@ def convert_checkpoint(
     folder = Path(source) if os.path.isdir(source) else Path(snapshot_download(str(source), allow_patterns=_FILES))
     conversion = _to_native if to_native else _from_native
     with ShardReader(folder) as reader:
-        job = conversion(folder, str(source), reader, trust_remote_code)
+        job = conversion(folder, str(source), reader, trust_remote_code, processor)
         report(0, 0, "Accounting for every weight")
         units = _units(job, reader)
         with _aside(destination) as partial:
@@ -100,10 +103,18 @@ class _Job:
     save_files: Callable[[Path], None]
 
 
-def _from_native(folder: Path, name: str, reader: ShardReader, trust_remote_code: bool) -> _Job:
+def _from_native(
+    folder: Path,
+    name: str,
+    reader: ShardReader,
+    trust_remote_code: bool,
+    native_processor: ProcessorMixin | None,
+) -> _Job:
     native_config = AutoConfig.from_pretrained(folder)
     family = family_of(native_config)
-    native_processor = AutoProcessor.from_pretrained(folder)
+    if native_processor is None:
+        _require_packages(family)
+        native_processor = AutoProcessor.from_pretrained(folder)
     dtype = _dtype(native_config, reader)
     native = build_on_meta(getattr(transformers, family.model_class), native_config, dtype)
     pieces = read_pieces(family, native.config, native_processor, dtype)
@@ -137,13 +148,16 @@ def _from_native(folder: Path, name: str, reader: ShardReader, trust_remote_code
     return _Job(native, target, rules, OURS, save_files)
 
 
-def _to_native(folder: Path, name: str, reader: ShardReader, trust_remote_code: bool) -> _Job:
+def _to_native(
+    folder: Path, name: str, reader: ShardReader, trust_remote_code: bool, processor: ProcessorMixin | None
+) -> _Job:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if not isinstance(config, AnyVlmConfig):
         raise CompositionError(f"{name} is a {config.model_type!r} checkpoint, not one of anyvlm.")
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    processor = processor or AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     source = build_on_meta(AnyVlmForConditionalGeneration, config, _dtype(config, reader))
     family, target = choose_family(source)
+    _require_packages(family)
     native_processor = processor_to_native(family, processor, target.config, config)
 
     def save_files(destination: Path) -> None:
@@ -154,6 +168,14 @@ def _to_native(folder: Path, name: str, reader: ShardReader, trust_remote_code: 
 
     rules = [*family.rules(target.config), *language_model_rules(family, source.language_model)]
     return _Job(source, target, rules, NATIVE, save_files)
+
+
+def _require_packages(family: NativeFamily) -> None:
+    if missing := family.missing_packages():
+        raise CompositionError(
+            f"transformers makes a {family.processor_class} only where {' and '.join(missing)} are installed: "
+            f"pip install {' '.join(missing)}."
+        )
 
 
 def _dtype(config: PreTrainedConfig, reader: ShardReader) -> torch.dtype:
