@@ -17,6 +17,7 @@ _MODULES = (
     "idefics3",
     "blip_2",
     "idefics2",
+    "minicpmv",
     "mistral3",
     "pixtral",
     "gemma3",
