@@ -12,6 +12,7 @@ from .family import NativeFamily
 #: Modules of this package; each has its families in a tuple `FAMILIES`. A simpler class comes before a richer one.
 _MODULES = (
     "llava",
+    "llava_next",
     "internvl",
     "cohere_vision",
     "idefics3",

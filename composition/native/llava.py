@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 from transformers import FastVlmConfig, LlavaConfig, LlavaProcessor, PreTrainedConfig, VipLlavaConfig
@@ -16,7 +17,7 @@ from .keys import Rename
 from .projector_arguments import FREE, projector_arguments, same_projector
 
 
-def _read_config(native: LlavaConfig | FastVlmConfig) -> dict[str, Any]:
+def read_two_layers(native: PreTrainedConfig) -> dict[str, Any]:
     return {
         "vision_config": copy.deepcopy(native.vision_config),
         "text_config": text_part(native),
@@ -65,17 +66,22 @@ def write_parts(config: AnyVlmConfig) -> dict[str, Any]:
     }
 
 
-def two_layers(config: AnyVlmConfig, **expected: Any) -> list[tuple[bool, str]]:
+def two_layers(
+    config: AnyVlmConfig,
+    embedding: Callable[[AnyVlmConfig], list[tuple[bool, str]]] = plain_embedding,
+    **expected: Any,
+) -> list[tuple[bool, str]]:
     """Conditions of a projector of two linear maps as wide as the language model, and of a tower of pictures of one size.
 
     Args:
+        embedding: Conditions of how pictures get into the text.
         expected: What is special about the projector.
     """
     spec, projector = config.vision_tower_spec, config.projector_config
     width = getattr(config.text_config, "hidden_size", None)
     two = {"type": "mlp", "num_layers": 2, "hidden_features": width, "hidden_act": FREE}
     return [
-        *plain_embedding(config),
+        *embedding(config),
         *same_projector(projector, {**two, **expected}),
         (projector["out_features"] == width, f"its projector gives tokens of the text config's width {width}"),
         (not spec["any_size"] and spec["inputs"] == "pictures", "its tower takes whole pictures of one size"),
@@ -140,7 +146,7 @@ LLAVA = NativeFamily(
     model_type="llava",
     model_class="LlavaForConditionalGeneration",
     processor_class="LlavaProcessor",
-    read_config=_read_config,
+    read_config=read_two_layers,
     write_config=_write_config,
     rules=two_layer_rules,
     read_processor=_read_processor,
@@ -204,7 +210,7 @@ VIPLLAVA = NativeFamily(
 
 
 def _read_fast_vlm(native: FastVlmConfig) -> dict[str, Any]:
-    pieces = _read_config(native)
+    pieces = read_two_layers(native)
     del (
         pieces["vision_feature_layer"],
         pieces["vision_feature_select_strategy"],
