@@ -85,6 +85,8 @@ def complete_views(
         return None
     if settings["type"] == "tiles":
         found = {"view_size": list(size), **_tile_settings(settings, size, spec, projector_config), **settings}
+        if found.get("several") and "background" not in found:
+            found["background"] = [int(colour * 255) for colour in processor.image_mean]
     elif settings["type"] == "slices":
         found = {**_slice_settings(spec, projector_config, size), **settings}
         found.setdefault(

@@ -12,6 +12,7 @@ how a picture becomes views; `None` means `{"type": "resize"}`, one view. Its ke
 | `max_tokens`, `min_tokens` | of `native`: the budget |
 | `cell_size`, `cell_tokens` | of `native`: edge in pixels of the squares that sizes are multiples of, and its tokens |
 | `cut_patches` | of `native`: the image processor makes plain pictures, which are cut into patches afterwards |
+| `several` | `"whole"`: pictures are not cut where a text has several, but laid on a square of `background` |
 | `max_merged_tiles` | of `"spatial"`: a map of more tiles than this is scaled down (LLaVA-OneVision's `anyres_max_9`) |
 
 Everything here is arithmetic on sizes: no picture and no tensor is made.
@@ -23,7 +24,7 @@ from typing import Any
 
 from .image_tokens import Grid, image_grid, token_grid
 from .native_size import native_size
-from .tile_layouts import TILE_LAYOUTS, PictureViews, Size, View, grid_of_tiles, whole_picture
+from .tile_layouts import TILE_LAYOUTS, PictureViews, Size, View, grid_of_tiles, squared_picture, whole_picture
 
 
 JOINS = ("concat", "spatial")
@@ -118,9 +119,14 @@ def check_image_views(image_views: dict | None) -> None:
         raise ValueError(f"Unknown views {image_views.get('type')!r}. Choose one of: {', '.join(sorted(VIEWS))}.")
     if image_views.get("join", "concat") not in JOINS:
         raise ValueError(f"Unknown join of views {image_views['join']!r}. Choose one of: {', '.join(JOINS)}.")
+    if image_views.get("several") not in (None, "whole"):
+        raise ValueError(
+            f"Unknown treatment of several pictures {image_views['several']!r}. Choose 'whole', or leave it out."
+        )
     try:
         for height, width in ((1, 1), (3000, 1000)):
-            plan_views(image_views, height, width)
+            for pictures in (1, 2):
+                plan_views(image_views, height, width, pictures)
     except KeyError as error:
         raise ValueError(
             f"image_views lacks {error}, which views of this kind need: {image_views}. anyvlm.compose(views=…) fills in "
@@ -143,8 +149,13 @@ def has_newline(image_views: dict | None) -> bool:
     return has_several_views(image_views) and image_views.get("join", "concat") == "spatial"
 
 
-def plan_views(image_views: dict | None, height: int, width: int) -> PictureViews:
-    """The views of a picture of `height` x `width` pixels.
+def depends_on_pictures(image_views: dict | None) -> bool:
+    """Whether the views of a picture depend on how many pictures its text has; then `original_sizes` has it."""
+    return has_several_views(image_views) and image_views.get("several") is not None
+
+
+def plan_views(image_views: dict | None, height: int, width: int, pictures: int = 1) -> PictureViews:
+    """The views of a picture of `height` x `width` pixels, one of `pictures` in its text.
 
     Raises:
         ValueError: unknown type or layout, or no pixels.
@@ -154,6 +165,8 @@ def plan_views(image_views: dict | None, height: int, width: int) -> PictureView
     image_views = image_views or {"type": "resize"}
     if image_views.get("type") not in VIEWS:
         raise ValueError(f"Unknown views {image_views.get('type')!r}. Choose one of: {', '.join(sorted(VIEWS))}.")
+    if pictures > 1 and depends_on_pictures(image_views):
+        return squared_picture(height, width, image_views["background"])
     return VIEWS[image_views["type"]](image_views, height, width)
 
 
@@ -208,15 +221,16 @@ def num_joined_tokens(image_views: dict | None, plan: PictureViews, grids: list[
     return (math.prod(grids[plan.whole]) if plan.whole is not None else 0) + rows * (columns + 1)
 
 
-def num_image_tokens(config: Any, height: int, width: int) -> int:
+def num_image_tokens(config: Any, height: int, width: int, pictures: int = 1) -> int:
     """Number of image tokens that a picture of `height` x `width` pixels takes in the language model's input.
 
     Args:
+        pictures: How many pictures its text has.
         config: Anything with `vision_tower_spec`, `projector_config`, `image_views` and, unless it is `"embed"`, `fusion`:
             the model's config or the processor.
     """
     if getattr(config, "fusion", "embed") != "embed":
         return 1
-    plan = plan_views(config.image_views, height, width)
+    plan = plan_views(config.image_views, height, width, pictures)
     grids = [token_grid(config.projector_config, grid) for grid in feature_grids(config, plan)]
     return num_joined_tokens(config.image_views, plan, grids, height, width)

@@ -25,13 +25,15 @@ class View:
     Args:
         size: Pixels `(height, width)` of the view.
         resizes: Sizes `(height, width)` to which the whole picture is brought, one after the other.
-        canvas: Size of a black canvas in whose middle the picture is laid then; `None` for none.
+        canvas: Size of a canvas in whose middle the picture is laid then; `None` for none.
+        background: The canvas's colour, red, green and blue from 0 to 255.
         box: `(top, left, bottom, right)` of what is cut out of that, and brought to `size`; `None` for all of it.
     """
 
     size: Size
     resizes: tuple[Size, ...] = ()
     canvas: Size | None = None
+    background: tuple[int, int, int] = (0, 0, 0)
     box: tuple[int, int, int, int] | None = None
 
 
@@ -57,11 +59,17 @@ def whole_picture(height: int, width: int, size: Size | None = None) -> PictureV
     return PictureViews((View(size or (height, width), (size,) if size else ()),))
 
 
+def squared_picture(height: int, width: int, background: tuple[int, int, int]) -> PictureViews:
+    """The picture as one view, in the middle of a square."""
+    edge = max(height, width)
+    return PictureViews((View((edge, edge), canvas=(edge, edge), background=tuple(background)),))
+
+
 def grid_of_tiles(rows: int, columns: int, tile: Size, resizes: tuple[Size, ...], canvas: Size | None = None) -> tuple:
     """Views of a picture that was brought to `rows` x `columns` tiles, row by row."""
     height, width = tile
     return tuple(
-        View(tile, resizes, canvas, (row * height, column * width, (row + 1) * height, (column + 1) * width))
+        View(tile, resizes, canvas, box=(row * height, column * width, (row + 1) * height, (column + 1) * width))
         for row in range(rows)
         for column in range(columns)
     )

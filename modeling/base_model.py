@@ -212,7 +212,8 @@ class AnyVlmModel(FusionMixin, PreTrainedModel):
             qformer_input_ids, qformer_attention_mask: `(num_images, length)`, the instruction for each picture, for a
                 projector that reads it.
             original_sizes: `(num_images, 2)`, height and width of each picture before it was cut into views; needed where
-                the config's `image_views` cut pictures.
+                the config's `image_views` cut pictures. Or `(num_images, 3)`, and how many pictures its text has, where its
+                views depend on that.
             num_video_frames: `(num_images + num_videos,)`, where there are videos: the frames (or clips) of each, which
                 are views among the pictures', and 0 for a picture.
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..configuration.image_tokens import Grid
-from ..configuration.image_views import has_newline, joined_grid, plan_views
+from ..configuration.image_views import depends_on_pictures, has_newline, joined_grid, plan_views
 from ..configuration.tile_layouts import PictureViews
 
 
@@ -15,13 +15,20 @@ def check_views(image_views: dict, original_sizes: torch.Tensor, num_views: int)
 
     Args:
         image_views: As in the config.
-        original_sizes: `(num_images, 2)`, height and width of each picture before it was cut.
+        original_sizes: `(num_images, 2)`, height and width of each picture before it was cut; or `(num_images, 3)`, and how
+            many pictures its text has, where its views depend on that.
         num_views: Of all pictures together.
 
     Raises:
         ValueError: the pictures have more or fewer views than that.
     """
-    plans = [plan_views(image_views, height, width) for height, width in original_sizes.tolist()]
+    columns = 3 if depends_on_pictures(image_views) else 2
+    if original_sizes.ndim != 2 or original_sizes.shape[1] != columns:
+        raise ValueError(
+            f"original_sizes must be (num_images, {columns}), got {tuple(original_sizes.shape)}. Pass what the processor "
+            "returned: model(**inputs)."
+        )
+    plans = [plan_views(image_views, *size) for size in original_sizes.tolist()]
     expected = sum(len(plan.views) for plan in plans)
     if expected != num_views:
         raise ValueError(
@@ -36,7 +43,7 @@ def join_views(
     grids: Sequence[Grid],
     image_views: dict,
     plans: Sequence[PictureViews],
-    sizes: Sequence[tuple[int, int]],
+    sizes: Sequence[Sequence[int]],
     newline: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     """Tokens of each picture `(num_tokens, width)`.
@@ -46,14 +53,16 @@ def join_views(
         grids: Rows and columns of the tokens of each view.
         image_views: As in the config.
         plans: The views of each picture.
-        sizes: Height and width of each picture before it was cut.
+        sizes: Height and width of each picture before it was cut; more is not read.
         newline: `(width,)`, put at the end of each row of a map of merged tiles.
     """
     joined, start = [], 0
     for plan, size in zip(plans, sizes):
         end = start + len(plan.views)
         if has_newline(image_views):
-            joined.append(merge_tiles(tokens[start:end], grids[start:end], image_views, plan, size, newline))
+            joined.append(
+                merge_tiles(tokens[start:end], grids[start:end], image_views, plan, tuple(size[:2]), newline)
+            )
         else:
             joined.append(torch.cat(list(tokens[start:end])))
         start = end

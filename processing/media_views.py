@@ -25,20 +25,25 @@ class Medium:
         plan: Of a picture; `None` for a video.
         size: Pixels `(height, width)` of a picture before it was cut; `None` for a video.
         video: `None` for a picture.
+        pictures: How many pictures the text of a picture has.
     """
 
     views: list[Image.Image]
     plan: PictureViews | None = None
     size: Size | None = None
     video: Video | None = None
+    pictures: int = 1
 
 
-def take_apart(medium: Image.Image | Video, image_views: dict | None, resample: int | None) -> Medium:
+def take_apart(
+    medium: Image.Image | Video, image_views: dict | None, resample: int | None, pictures: int = 1
+) -> Medium:
     """The views of a picture, or of a video: one of each frame.
 
     Args:
         image_views: As in the config.
         resample: Pillow's filter.
+        pictures: How many pictures its text has.
     """
     if isinstance(medium, Video):
         views = [
@@ -47,8 +52,8 @@ def take_apart(medium: Image.Image | Video, image_views: dict | None, resample: 
             for view in cut_views(frame, frame_view(image_views, frame.height, frame.width), resample)
         ]
         return Medium(views, video=medium)
-    plan = plan_views(image_views, medium.height, medium.width)
-    return Medium(cut_views(medium, plan, resample), plan, (medium.height, medium.width))
+    plan = plan_views(image_views, medium.height, medium.width, pictures)
+    return Medium(cut_views(medium, plan, resample), plan, (medium.height, medium.width), pictures=pictures)
 
 
 def check_grids(config: Any, views: Sequence[Image.Image], grids: Sequence[Grid]) -> None:

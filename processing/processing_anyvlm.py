@@ -16,6 +16,7 @@ from ..configuration.checkpoint_code import AUTO_MAP, write_checkpoint_code
 from ..configuration.image_tokens import image_grids, token_grid
 from ..configuration.image_views import (
     check_image_views,
+    depends_on_pictures,
     has_newline,
     has_planned_views,
     has_several_views,
@@ -134,6 +135,9 @@ class AnyVlmProcessor(PromptFormProcessor, PicturesFirstProcessor, InstructionPr
         pictures and sampled frames (`processing/video.py`) come back together, in the order of the texts."""
         if images is not None:
             images = _picture_lists(images)
+        if videos is None and images and text is not None and depends_on_pictures(self.image_views):
+            texts = [text] if isinstance(text, str) else text
+            images = in_text_order(texts, (self.image_token, self.video_token), images, None)
         if videos is None:
             return super().prepare_inputs_layout(images=images, text=text, audio=audio, **kwargs)
         if text is None:
@@ -171,7 +175,13 @@ class AnyVlmProcessor(PromptFormProcessor, PicturesFirstProcessor, InstructionPr
 
     def _process_images(self, images, **kwargs) -> tuple[dict[str, Any], list[str]]:
         resample = getattr(self.image_processor, "resample", None)
-        media = [take_apart(medium, self.image_views, resample) for medium in _flatten(images)]
+        in_text = [1] * len(images)
+        if images and isinstance(images[0], list):
+            in_text = [sum(not isinstance(medium, Video) for medium in media) for media in images for _ in media]
+        media = [
+            take_apart(medium, self.image_views, resample, pictures)
+            for medium, pictures in zip(_flatten(images), in_text, strict=True)
+        ]
         if not media:
             return {}, []
         views = [view for medium in media for view in medium.views]
@@ -184,7 +194,8 @@ class AnyVlmProcessor(PromptFormProcessor, PicturesFirstProcessor, InstructionPr
                 numbers = [1 if medium.video else number for medium, number in zip(media, numbers)]
             frames = [number if medium.video else 0 for medium, number in zip(media, numbers)]
             outputs["num_video_frames"] = torch.tensor(frames)
-        sizes = [medium.size for medium in media if medium.video is None]
+        more = depends_on_pictures(self.image_views)
+        sizes = [(*medium.size, medium.pictures)[: 2 + more] for medium in media if medium.video is None]
         if has_several_views(self.image_views) and sizes:
             outputs["original_sizes"] = torch.tensor(sizes)
         grids = iter(grids_of_outputs(self.vision_tower_spec, outputs))
@@ -215,7 +226,7 @@ class AnyVlmProcessor(PromptFormProcessor, PicturesFirstProcessor, InstructionPr
         for size in sizes:
             plan = plan_views(self.image_views, *size)
             own = [next(remaining) for _ in plan.views]
-            texts.append(picture_tokens_text(self, self.image_text, self._repeated_token, plan, size, own))
+            texts.append(picture_tokens_text(self, self.image_text, self._repeated_token, plan, size[:2], own))
         return texts
 
     @property

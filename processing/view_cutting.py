@@ -2,7 +2,7 @@
 
 from PIL import Image
 
-from ..configuration.tile_layouts import PictureViews
+from ..configuration.tile_layouts import PictureViews, View
 
 
 def cut_views(picture: Image.Image, plan: PictureViews, resample: int | None = None) -> list[Image.Image]:
@@ -18,12 +18,12 @@ def cut_views(picture: Image.Image, plan: PictureViews, resample: int | None = N
     return [_cut(stages, view, resample) for view in plan.views]
 
 
-def _cut(stages: dict[tuple, Image.Image], view, resample: Image.Resampling) -> Image.Image:
+def _cut(stages: dict[tuple, Image.Image], view: View, resample: Image.Resampling) -> Image.Image:
     resized = _resized(stages, view.resizes, resample)
     if view.canvas is not None:
         key = (view.resizes, view.canvas)
         if key not in stages:
-            stages[key] = _laid_on_black(resized, *view.canvas)
+            stages[key] = _laid_on_canvas(resized, view)
         resized = stages[key]
     if view.box is None:
         return resized
@@ -41,7 +41,8 @@ def _resized(stages: dict[tuple, Image.Image], resizes: tuple, resample: Image.R
     return stages[resizes, None]
 
 
-def _laid_on_black(picture: Image.Image, height: int, width: int) -> Image.Image:
-    canvas = Image.new(picture.mode, (width, height))
+def _laid_on_canvas(picture: Image.Image, view: View) -> Image.Image:
+    height, width = view.canvas
+    canvas = Image.new(picture.mode, (width, height), view.background if picture.mode == "RGB" else 0)
     canvas.paste(picture, ((width - picture.width) // 2, (height - picture.height) // 2))
     return canvas

@@ -63,7 +63,8 @@ def _onevision_processor(config: LlavaOnevisionConfig) -> LlavaOnevisionProcesso
     return ImagesOnlyLlavaOnevisionProcessor(
         image_processor=LlavaOnevisionImageProcessorPil(size=SIZE, image_grid_pinpoints=config.image_grid_pinpoints),
         tokenizer=case_tokenizer("<image>", "<video>"),
-        num_image_tokens=(EDGE // config.vision_config.patch_size) ** 2,
+        num_image_tokens=(EDGE // config.vision_config.patch_size) ** 2
+        + int(config.vision_feature_select_strategy == "default"),
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         vision_aspect_ratio=config.vision_aspect_ratio,
         chat_template=chat_template(),
@@ -122,6 +123,21 @@ CASES = (
             tied,
             image_grid_pinpoints=ONEVISION,
             vision_aspect_ratio="anyres_max_2",
+        ),
+        _onevision_processor,
+        sizes=SIZES,
+        pixel_values=_views(ONEVISION),
+    ),
+    NativeCase(
+        "llava_onevision, clip tower",
+        lambda tied: _config(
+            LlavaOnevisionConfig,
+            CLIPVisionConfig(**VISION),
+            Qwen2Config,
+            tied,
+            image_grid_pinpoints=ONEVISION,
+            vision_feature_select_strategy="default",
+            vision_feature_layer=-2,
         ),
         _onevision_processor,
         sizes=SIZES,

@@ -78,8 +78,8 @@ def compare_on_a_sample(
     native_processor, picture = _without_torchvision(native_processor, processor)
     names = f"{type(native).__name__} and {type(ours).__name__}"
     text = prompt(native_processor, 1, placeholders=not processor.pictures_first)
-    native_inputs = native_processor(text=[text], images=[[picture]], return_tensors="pt")
-    inputs = processor(text=[text], images=[[picture]], return_tensors="pt")
+    native_inputs = native_processor(text=[text], images=[picture], return_tensors="pt")
+    inputs = processor(text=[text], images=[picture], return_tensors="pt")
     if not torch.equal(native_inputs["input_ids"], inputs["input_ids"]):
         raise CompositionError(
             f"The processors of {names} make {native_inputs['input_ids'].shape[1]} and {inputs['input_ids'].shape[1]} "

@@ -13,6 +13,8 @@ from .family import NativeFamily
 _MODULES = (
     "llava",
     "llava_next",
+    "got_ocr2",
+    "perception_lm",
     "internvl",
     "cohere_vision",
     "idefics3",

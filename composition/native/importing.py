@@ -152,7 +152,8 @@ def picture_size(pieces: dict, processor: ProcessorMixin) -> tuple[int, int]:
     Raises:
         CompositionError: neither the family, nor the processor, nor the tower's config tells.
     """
-    size = pieces.get("image_size") or _output_size(processor.image_processor) or _config_size(pieces["vision_config"])
+    size = pieces.get("image_size") or (pieces.get("image_views") or {}).get("view_size")
+    size = size or _output_size(processor.image_processor) or _config_size(pieces["vision_config"])
     if size is None:
         raise CompositionError(
             f"{type(processor).__name__} makes pictures of several sizes, and the tower's config states none. Set the "

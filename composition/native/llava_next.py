@@ -35,18 +35,17 @@ def _read_views(native: PreTrainedConfig, processor: ProcessorMixin) -> dict[str
     """As the model reads them; its image processor, which has settings of its own, must cut the same."""
     settings, edge = processor.image_processor, native.vision_config.image_size
     pinpoints = [list(pinpoint) for pinpoint in native.image_grid_pinpoints]
-    size = {name: value for name, value in dict(settings.size).items() if value}
-    crop = {name: value for name, value in dict(settings.crop_size or {}).items() if value}
+    sizes = [value for size in (settings.size, settings.crop_size or {}) for value in dict(size).values() if value]
     if (
         [list(pinpoint) for pinpoint in settings.image_grid_pinpoints] != pinpoints
-        or set((*size.values(), *crop.values())) != {edge}
+        or set(sizes) != {edge}
         or not settings.do_resize
         or any(length % edge for pinpoint in pinpoints for length in pinpoint)
     ):
         raise CompositionError(
-            f"{type(settings).__name__} must cut pictures by the model's own image_grid_pinpoints, which are multiples of the "
-            f"tower's {edge} pixels, and resize views to these: the model has {pinpoints}, it {settings.image_grid_pinpoints} "
-            f"with size={size}, crop_size={crop}, do_resize={settings.do_resize}."
+            f"{type(settings).__name__} must cut pictures by the model's image_grid_pinpoints, multiples of the tower's "
+            f"{edge} pixels, and resize views to these. The model has {pinpoints}; it has {settings.image_grid_pinpoints}, "
+            f"do_resize={settings.do_resize} and pictures of {sizes} pixels."
         )
     return {
         "type": "tiles",
@@ -175,8 +174,9 @@ def _write_onevision_processor(processor: AnyVlmProcessor, native: LlavaOnevisio
         "image_processor": _image_processor(processor, LlavaOnevisionImageProcessorPil, size=size),
         # Videos are none of ours, but its processor insists on one for them.
         "video_processor": transformers.LlavaOnevisionVideoProcessor(size=size, **colours),
-        # For a dropped token it takes one away, which is to stand beside the patches.
-        "num_image_tokens": config.vision_tower_spec["grid"][0] ** 2,
+        # For a token that the strategy drops it takes one away.
+        "num_image_tokens": config.vision_tower_spec["grid"][0] ** 2
+        + int(native.vision_feature_select_strategy == "default"),
         "vision_feature_select_strategy": native.vision_feature_select_strategy,
         "vision_aspect_ratio": native.vision_aspect_ratio,
         "image_token": processor.image_token,

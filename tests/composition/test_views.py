@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, MiniCPMV4_6ImageProcessorPil, Qwe
 from anyvlm import AnyVlmConfig
 from anyvlm.compatibility import tiny_configs
 from anyvlm.composition.errors import CompositionError
-from anyvlm.configuration.image_views import has_several_views, num_image_tokens, plan_views
+from anyvlm.configuration.image_views import depends_on_pictures, has_several_views, num_image_tokens, plan_views
 from anyvlm.processing.view_cutting import cut_views
 
 
@@ -21,6 +21,7 @@ VIEWS = {
     "anyres": {"type": "tiles", "layout": "anyres"},
     "anyres_max_2": {"type": "tiles", "layout": "anyres", "max_merged_tiles": 2},
     "anyres_concat": {"type": "tiles", "layout": "anyres", "join": "concat"},
+    "anyres_if_alone": {"type": "tiles", "layout": "anyres", "several": "whole"},
     "dynamic": {"type": "tiles", "layout": "dynamic"},
     "dynamic_scale": {"type": "tiles", "layout": "dynamic", "fit": "scale", "thumbnail": False},
     "split": {"type": "tiles", "layout": "split"},
@@ -75,7 +76,8 @@ def check_any_size(model, processor, sizes):
         outputs = processor.image_processor(flat, return_tensors="pt", **({"do_resize": False} if planned else {}))
         outputs = {key: outputs[key] for key in processor.model_input_names if key in outputs}
         if has_several_views(processor.image_views):
-            outputs["original_sizes"] = torch.tensor(chunk)
+            more = [1] if depends_on_pictures(processor.image_views) else []
+            outputs["original_sizes"] = torch.tensor([[*size, *more] for size in chunk])
         with torch.no_grad():
             tokens = model.get_image_features(**outputs).pooler_output
         expected = counts.num_image_tokens[start : start + 100]
@@ -123,6 +125,23 @@ def test_a_padded_batch_is_each_sample_alone(model_and_processor):
         for row in range(2):
             alone = model(**processor(text=[texts[row]], images=[pictures[row]], return_tensors="pt")).logits[0]
             torch.testing.assert_close(together[row][batch["attention_mask"][row].bool()], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_pictures_are_cut_only_where_they_are_alone():
+    """LLaVA-OneVision's rule, whether the pictures come in one list or in one for each text."""
+    model, processor = compose(views=VIEWS["anyres_if_alone"])
+    texts, a, b, c = ["<image> w1 <image>", "<image> w2"], *(picture(seed, (90, 40)) for seed in range(3))
+    nested = processor(text=texts, images=[[a, b], [c]], padding=True, return_tensors="pt")
+    flat = processor(text=texts, images=[a, b, c], padding=True, return_tensors="pt")
+    assert nested["original_sizes"].tolist() == [[90, 40, 2], [90, 40, 2], [90, 40, 1]]
+    assert all(torch.equal(nested[key], flat[key]) for key in nested)
+    with torch.no_grad():
+        tokens = [len(found) for found in model.get_image_features(**image_inputs(nested)).pooler_output]
+    assert tokens == [num_image_tokens(model.config, 90, 40, pictures=pictures) for pictures in (2, 2, 1)]
+    assert tokens[0] == 16 + 1 < tokens[2]
+    nested["original_sizes"] = nested["original_sizes"][:, :2]
+    with pytest.raises(ValueError, match=r"must be \(num_images, 3\)"):
+        model(**nested)
 
 
 def test_every_view_reaches_the_logits(model_and_processor):
@@ -192,6 +211,10 @@ def test_pictures_without_their_sizes_are_refused():
         ({"layout": "anyres"}, "Unknown views None"),
         ({"type": "tiles", "layout": "mosaic"}, "Unknown layout of tiles 'mosaic'"),
         ({"type": "tiles", "join": "add"}, "Unknown join of views 'add'"),
+        (
+            {"type": "tiles", "several": "first", "background": [0, 0, 0]},
+            "Unknown treatment of several pictures 'first'",
+        ),
         ({"type": "tiles", "layout": "split", "longest_edge": 4000}, "Even a small picture takes .* fewer tiles"),
     ],
 )
