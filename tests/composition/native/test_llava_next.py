@@ -37,7 +37,7 @@ def test_the_processor_comes_back(monkeypatch):
     monkeypatch.setattr(transformers, "LlavaOnevisionVideoProcessor", lambda **settings: None, raising=False)
     for case in CASES.values():
         native, native_processor = build_native(case, seed=0, tied=False)
-        family = family_of(native.config.model_type)
+        family = family_of(native.config)
         model, processor = from_native(native, native_processor)
         arguments = {
             "image_processor": processor.image_processor,

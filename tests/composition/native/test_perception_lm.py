@@ -30,7 +30,7 @@ def test_the_processor_comes_back(case, monkeypatch):
     monkeypatch.setattr(transformers, "PerceptionLMVideoProcessor", lambda **settings: None, raising=False)
     native, native_processor = build_native(case, seed=0, tied=False)
     model, processor = from_native(native, native_processor)
-    arguments = family_of("perception_lm").write_processor(processor, native.config, model.config)
+    arguments = family_of(native.config).write_processor(processor, native.config, model.config)
     again = ImagesOnlyPerceptionLMProcessor(tokenizer=processor.tokenizer, **arguments)
     inputs = {"text": ["w1 <image> <image>"], "images": [sample_picture(60, 40), sample_picture(30, 33)]}
     expected, found = native_processor(**inputs, return_tensors="pt"), again(**inputs, return_tensors="pt")
