@@ -150,10 +150,8 @@ def fused_spec(specs: list[dict], vision_fusion: str) -> dict:
     """
     grids = [tuple(spec["grid"]) for spec in specs]
     if vision_fusion == "token":
-        columns = {grid[1] for grid in grids}
-        num_features = sum(rows * columns for rows, columns in grids)
-        # Grids of one width stand one below the other.
-        grid = (sum(rows for rows, _ in grids), columns.pop()) if len(columns) == 1 else (1, num_features)
+        # A place of the picture is in it once for each tower, so what looks at neighbours cannot take it.
+        grid = (1, sum(rows * columns for rows, columns in grids))
     else:
         grid = grids[0]
         flat = [other for other in grids if min(other) == 1]

@@ -167,6 +167,32 @@ def test_three_generations_without_the_package(tmp_path):
     assert {f"vision_tower.towers.1.{name}" for name in second.state_dict()} <= names.keys()
 
 
+@pytest.mark.parametrize("fusion", ["embed", "cross_attention", "gated"])
+@pytest.mark.parametrize("projector", ["pixel_shuffle", "resampler"])
+@pytest.mark.parametrize("views", ["tiles", "slices"])
+def test_with_every_part_of_an_architecture(views, projector, fusion):
+    """Views of several sizes, each tower with its own: as many tokens as the processor says, and other pictures other
+    logits."""
+    first, second = towers(second_size=48)
+    model, processor = compose(
+        (first, second),
+        image_processor=[CLIP_LIKE, siglip_like(48)],
+        views=views,
+        projector=projector,
+        fusion=fusion,
+    )
+    texts = ["w1 <image> w2 <image> w3"]
+    straight = processor(text=texts, images=PICTURES, return_tensors="pt")
+    assert len(straight["pixel_values"]) > len(PICTURES)
+    swapped = processor(text=texts, images=[PICTURES[0], PICTURES[1].rotate(180)], return_tensors="pt")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gate" in name and parameter.numel() == 1:
+                parameter.fill_(1.0)
+        first, second = model(**straight).logits[0, -1], model(**swapped).logits[0, -1]
+    assert torch.isfinite(first).all() and (first - second).abs().max() > 1e-4
+
+
 def test_image_processor_is_saved_as_it_is(tmp_path):
     _, processor = compose(tuple(towers(48)), image_processor=[CLIP_LIKE, siglip_like(48)])
     processor.save_pretrained(tmp_path / "processor")
@@ -234,6 +260,11 @@ class TestRefusals:
     def test_features_without_places(self):
         with pytest.raises(anyvlm.CompositionError, match=r'1x17 and 6x6 features.*vision_fusion="token"'):
             compose(tuple(towers(48)), vision_feature_select_strategy="full")
+
+    def test_neighbours_of_tokens_of_several_towers(self):
+        """Features of both towers in one column are not above each other in the picture."""
+        with pytest.raises(anyvlm.CompositionError, match="32 features of a picture are not in rows and columns"):
+            compose(tuple(towers()), vision_fusion="token", projector="pixel_shuffle")
 
     def test_unknown_fusion(self):
         with pytest.raises(anyvlm.CompositionError, match=r"Unknown vision_fusion 'sum'.*channel, token"):
