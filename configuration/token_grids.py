@@ -15,15 +15,18 @@ def same_grid(grid: Grid) -> Grid:
     return grid
 
 
-def shuffled_grid(grid: Grid, scale_factor: int = 2, pad: bool = False) -> Grid:
+def shuffled_grid(grid: Grid, scale_factor: int = 2, pad: bool = False, crop: bool = False) -> Grid:
     """`pixel_shuffle` and `patch_merger`: a token for each square of `scale_factor` by `scale_factor` features.
 
-    With `pad`, squares at the lower and right edge are filled up; without it, they must be whole.
+    With `pad`, squares at the lower and right edge are filled up, with `crop` they are left out; without either, they must
+    be whole.
 
     Raises:
-        ValueError: the grid is no multiple of the factor, and `pad` is not set.
+        ValueError: the grid is no multiple of the factor, and neither is set; or nothing is left.
     """
     rows, columns = grid
+    if crop and rows >= scale_factor and columns >= scale_factor:
+        return rows // scale_factor, columns // scale_factor
     if not pad and (rows % scale_factor or columns % scale_factor):
         raise ValueError(
             f"A grid of {rows}x{columns} features cannot be cut into squares of {scale_factor}x{scale_factor}. "
@@ -65,8 +68,8 @@ TOKEN_GRIDS: dict[str, tuple[Callable[..., Grid], tuple[str, ...]]] = {
     "identity": (same_grid, ()),
     "linear": (same_grid, ()),
     "mlp": (same_grid, ()),
-    "pixel_shuffle": (shuffled_grid, ("scale_factor", "pad")),
-    "patch_merger": (shuffled_grid, ("scale_factor", "pad")),
+    "pixel_shuffle": (shuffled_grid, ("scale_factor", "pad", "crop")),
+    "patch_merger": (shuffled_grid, ("scale_factor", "pad", "crop")),
     "avg_pool": (pooled_grid, ("ratio", "tokens_per_side")),
     "conv": (convolved_grid, ("num_convs",)),
     "resampler": (resampled_grid, ("num_queries",)),
@@ -95,6 +98,6 @@ def _what_works(grid: Grid) -> str:
     factors = [factor for factor in range(2, min(grid) + 1) if not (grid[0] % factor or grid[1] % factor)][:3]
     named = f"Set scale_factor to {' or '.join(map(str, factors))}, or" if factors else "Set"
     return (
-        f"{named} pad=True (the edge is filled with zeros), choose an image_size whose grid is a multiple, or a projector "
-        'that takes any grid: "mlp", "avg_pool", "conv".'
+        f"{named} pad=True (the edge is filled with zeros) or crop=True (it is left out), choose an image_size whose grid "
+        'is a multiple, or a projector that takes any grid: "mlp", "avg_pool", "conv".'
     )

@@ -17,11 +17,11 @@ CHANNEL_ORDERS = ("places_first", "channels_first")
 
 
 def pixel_shuffle(
-    features: torch.Tensor, grid: Grid, scale_factor: int, channel_order: str = "places_first"
+    features: torch.Tensor, grid: Grid, scale_factor: int, channel_order: str = "places_first", crop: bool = False
 ) -> torch.Tensor:
     """Features of each square of `scale_factor` by `scale_factor` places as one feature.
 
-    Squares that are cut off at the lower and right edge of the grid are filled with zeros.
+    Squares that are cut off at the lower and right edge of the grid are filled with zeros, or with `crop` left out.
 
     Args:
         features: `(num_images, rows * columns, channels)`.
@@ -34,9 +34,9 @@ def pixel_shuffle(
     """
     batch_size, _, channels = features.shape
     features = features.reshape(batch_size, *grid, channels)
-    rows, columns = shuffled_grid(grid, scale_factor, pad=True)
+    rows, columns = shuffled_grid(grid, scale_factor, pad=not crop, crop=crop)
     below, right = rows * scale_factor - grid[0], columns * scale_factor - grid[1]
-    if below or right:
+    if below or right:  # negative ones are cut off
         features = F.pad(features, (0, 0, 0, right, 0, below))
     features = features.reshape(batch_size, rows, scale_factor, columns, scale_factor, channels)
     axes = (0, 1, 3, 2, 4, 5) if channel_order == "places_first" else (0, 1, 3, 5, 2, 4)
@@ -51,7 +51,7 @@ class PixelShuffleProjector(MlpProjector):
         scale_factor: Edge of a square, in features.
         channel_order: See `pixel_shuffle`.
         pad: Fill the squares at the edge with zeros where the grid is no multiple of the factor (as VILA does).
-            Without it such a grid is a `ValueError`.
+        crop: Leave them out (as LightOnOCR does). With neither, such a grid is a `ValueError`.
         kwargs: As for `mlp`, whose input is `in_features * scale_factor ** 2` wide.
     """
 
@@ -62,24 +62,28 @@ class PixelShuffleProjector(MlpProjector):
         scale_factor: int = 2,
         channel_order: str = "places_first",
         pad: bool = False,
+        crop: bool = False,
         **kwargs,
     ):
-        _check_shuffle(scale_factor, channel_order)
+        _check_shuffle(scale_factor, channel_order, pad and crop)
         super().__init__(in_features * scale_factor**2, out_features, **kwargs)
         self.scale_factor = scale_factor
         self.channel_order = channel_order
         self.pad = pad
+        self.crop = crop
 
     def forward(self, features: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, Grid]:
-        tokens_grid = shuffled_grid(grid, self.scale_factor, self.pad)
-        return self.project(pixel_shuffle(features, grid, self.scale_factor, self.channel_order)), tokens_grid
+        tokens_grid = shuffled_grid(grid, self.scale_factor, self.pad, self.crop)
+        return self.project(
+            pixel_shuffle(features, grid, self.scale_factor, self.channel_order, self.crop)
+        ), tokens_grid
 
 
 class PatchMergerProjector(MlpProjector):
     """A normalisation, a linear map from each square of features to one of the same width, and an mlp (Mistral 3).
 
     Args:
-        scale_factor, channel_order, pad: As for `pixel_shuffle`.
+        scale_factor, channel_order, pad, crop: As for `pixel_shuffle`.
         norm, norm_eps: Of the features before they are merged; `None` for none.
         kwargs: As for `mlp`.
     """
@@ -91,21 +95,23 @@ class PatchMergerProjector(MlpProjector):
         scale_factor: int = 2,
         channel_order: str = "channels_first",
         pad: bool = False,
+        crop: bool = False,
         norm: str | None = "rms_norm",
         norm_eps: float | None = None,
         **kwargs,
     ):
-        _check_shuffle(scale_factor, channel_order)
+        _check_shuffle(scale_factor, channel_order, pad and crop)
         super().__init__(in_features, out_features, **kwargs)
         self.scale_factor = scale_factor
         self.channel_order = channel_order
         self.pad = pad
+        self.crop = crop
         self.features_norm = nn.Identity() if norm is None else build_norm(norm, in_features, norm_eps)
         self.merging_layer = nn.Linear(in_features * scale_factor**2, in_features, bias=False)
 
     def forward(self, features: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, Grid]:
-        tokens_grid = shuffled_grid(grid, self.scale_factor, self.pad)
-        squares = pixel_shuffle(self.features_norm(features), grid, self.scale_factor, self.channel_order)
+        tokens_grid = shuffled_grid(grid, self.scale_factor, self.pad, self.crop)
+        squares = pixel_shuffle(self.features_norm(features), grid, self.scale_factor, self.channel_order, self.crop)
         return self.project(self.merging_layer(squares)), tokens_grid
 
 
@@ -187,7 +193,9 @@ class ConvProjector(nn.Module):
         return self.linear(hidden_states.flatten(2).transpose(1, 2)), convolved_grid(grid, self.num_convs)
 
 
-def _check_shuffle(scale_factor: int, channel_order: str) -> None:
+def _check_shuffle(scale_factor: int, channel_order: str, pads_and_crops: bool) -> None:
+    if pads_and_crops:
+        raise ValueError("pad fills the squares at the edge and crop leaves them out: set one of them, not both.")
     if scale_factor < 1:
         raise ValueError(f"scale_factor must be at least 1, got {scale_factor}.")
     if channel_order not in CHANNEL_ORDERS:

@@ -26,6 +26,7 @@ _MODULES = (
     "gemma3",
     "paligemma",
     "qwen2_vl",
+    "lighton_ocr",
 )
 
 

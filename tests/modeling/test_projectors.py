@@ -228,6 +228,7 @@ CONFIGS = [
     *({"type": name} for name in LEARNT),
     {"type": "pixel_shuffle", "scale_factor": 3, "pad": True},
     {"type": "patch_merger", "scale_factor": 3, "pad": True, "norm": None, "num_layers": 3},
+    {"type": "patch_merger", "crop": True},
     {"type": "avg_pool", "ratio": 3},
     {"type": "avg_pool", "tokens_per_side": 5, "pool_last": True},
     {"type": "conv", "num_convs": 3},
@@ -301,6 +302,16 @@ class TestPixelShuffle:
         maps = torch.randn(2, 3, 5, 8)
         whole = nn.functional.pad(maps, (0, 0, 0, 1, 0, 1)).flatten(1, 2)
         assert torch.equal(padding(maps.flatten(1, 2), (3, 5))[0], strict(whole, (4, 6))[0])
+
+    def test_cropping_leaves_out_the_lower_and_right_edge(self):
+        config = {"type": "pixel_shuffle", "in_features": 8, "out_features": 12}
+        strict, cropping = build_projector(config), build_projector({**config, "crop": True})
+        cropping.load_state_dict(strict.state_dict())
+        maps = torch.randn(2, 3, 5, 8)
+        whole = maps[:, :2, :4].flatten(1, 2)
+        assert torch.equal(cropping(maps.flatten(1, 2), (3, 5))[0], strict(whole, (2, 4))[0])
+        with pytest.raises(ValueError, match="not both"):
+            build_projector({**config, "crop": True, "pad": True})
 
     def test_places_come_in_the_order_of_reading(self):
         """Not square, so that rows and columns cannot be mixed up: each token holds its own four places."""

@@ -1,4 +1,4 @@
-"""Mistral 3, and LLaVA with its tower: imported, run beside the native class, exported."""
+"""Mistral 3, and LLaVA and LightOnOCR with its tower: imported, run beside the native class, exported."""
 
 import pytest
 
@@ -10,7 +10,10 @@ from anyvlm.composition.native import family_of, from_native, to_native
 from anyvlm.composition.native.equality import sample_picture
 
 
-@pytest.mark.parametrize("case", [*native_cases("mistral3"), *native_cases("pixtral")], ids=str)
+CASES = [case for module in ("mistral3", "pixtral", "lighton_ocr") for case in native_cases(module)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_an_imported_model_is_the_native_one(case):
     assert check_case(case).problems == []
 
