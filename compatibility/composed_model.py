@@ -49,6 +49,7 @@ class ComposedModel:
         image_size: Edge of the pictures in pixels.
         seed: For the weights, which are random and large enough for a lost token or picture to show.
         new_tokens: How many tokens are generated where generation is checked.
+        picture_size: Height and width of the pictures it is shown.
         compose_arguments: Handed to `anyvlm.compose`.
 
     Raises:
@@ -65,9 +66,11 @@ class ComposedModel:
         image_size: int,
         seed: int = 0,
         new_tokens: int = 6,
+        picture_size: tuple[int, int] = (50, 40),
         **compose_arguments,
     ):
         self.new_tokens = new_tokens
+        self.picture_size = picture_size
         torch.manual_seed(seed)
         language_model = load_language_model(text).eval()
         make_sensitive(language_model, seed=3 * seed + 1)
@@ -113,7 +116,7 @@ class ComposedModel:
             norm.train()
             norm.momentum = 1.0
         # Several pictures: the variance of a few values can be tiny, and rounding would be blown up by it.
-        inputs = self.inputs([" ".join(["<image>"] * 8)], [picture(seed) for seed in range(5, 13)])
+        inputs = self.inputs([" ".join(["<image>"] * 8)], [self.picture(seed) for seed in range(5, 13)])
         self.model.get_image_features(**self.image_inputs(inputs))
         self.model.vision_tower.eval()
         for norm, momentum in zip(norms, momenta):
@@ -126,8 +129,11 @@ class ComposedModel:
     def image_inputs(inputs) -> dict:
         return {name: value for name, value in inputs.items() if name not in _TEXT_INPUTS}
 
+    def picture(self, seed: int) -> Image.Image:
+        return picture(seed, self.picture_size)
+
     def one_picture(self, seed: int = 0):
-        return self.inputs(["w1 w2 <image> w3 w4 w5"], [picture(seed)])
+        return self.inputs(["w1 w2 <image> w3 w4 w5"], [self.picture(seed)])
 
     def logits(self, inputs) -> torch.Tensor:
         return self._logits_of(self.model, inputs)
@@ -237,7 +243,7 @@ class ComposedModel:
             The sides, of `"left"` and `"right"`, on which padding is refused.
         """
         texts = ["w1 <image> w2", "w5 w6 w7 <image> w8 w9 w10 <image> w11", "w20 w21"]
-        pictures = [[picture(0)], [picture(1), picture(2)], []]
+        pictures = [[self.picture(0)], [self.picture(1), self.picture(2)], []]
         singles = [self.inputs([text], own) for text, own in zip(texts, pictures)]
         alone = [self.logits(single)[0] for single in singles]
         refused = []

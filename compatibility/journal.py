@@ -17,11 +17,13 @@ import anyvlm
 ROOT = Path(__file__).resolve().parents[1]
 
 #: Code whose change makes earlier measurements worthless; not that which only runs them and writes the table.
-_MEASURED_CODE = (
+MEASURED_CODE = (
     "configuration",
     "modeling",
     "processing",
     "composition",
+    "compatibility/bare_language_model.py",
+    "compatibility/combinations.py",
     "compatibility/composed_model.py",
     "compatibility/pair_checks.py",
     "compatibility/tiny_configs.py",
@@ -43,7 +45,7 @@ def versions() -> dict[str, str]:
 def source_hash(root: Path = ROOT) -> str:
     """A hash of the code that is measured and of that which measures."""
     digest = hashlib.sha256()
-    for name in _MEASURED_CODE:
+    for name in MEASURED_CODE:
         path = root / name
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
@@ -62,13 +64,13 @@ class Journal:
 
     def __init__(self, path: Path, key: dict[str, Any], fresh: bool = False):
         self.path = path
-        self.results: dict[tuple[str, str], dict[str, Any]] = {}
+        self.results: dict[tuple[str, ...], dict[str, Any]] = {}
         lines = _read_lines(path)
         if lines and (fresh or lines[0] != {"key": key}):
             path.replace(path.with_name(path.name + ".old"))
             lines = []
         for line in lines[1:]:
-            self.results[line["vision"], line["text"]] = line
+            self.results[_key(line)] = line
         path.parent.mkdir(parents=True, exist_ok=True)
         # Written whole and renamed: what a killed run left half-written is gone.
         aside = path.with_name(path.name + ".part")
@@ -77,13 +79,18 @@ class Journal:
         self._file = path.open("a", encoding="utf-8")
 
     def add(self, result: dict[str, Any]) -> None:
-        self.results[result["vision"], result["text"]] = result
+        self.results[_key(result)] = result
         self._file.write(_to_lines([result]))
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
+
+
+def _key(result: dict[str, Any]) -> tuple[str, ...]:
+    """The task that a result is of: vision type and language model type, and how they were joined if not as usual."""
+    return (result["vision"], result["text"], *filter(None, [result.get("combination")]))
 
 
 def _to_lines(records: Iterable[dict[str, Any]]) -> str:

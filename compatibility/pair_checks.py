@@ -69,10 +69,12 @@ class PairResult:
         failed: Check -> what was found, for a pair that fails.
         details: Tokens of a picture, kind of input and layout of the features, parameters of each part.
         seconds: How long it took.
+        combination: How the parts were joined, where it is not the usual way.
     """
 
     vision: str
     text: str
+    combination: str | None = None
     status: str = WORKS
     marks: list[str] = field(default_factory=list)
     reason: str | None = None
@@ -84,9 +86,15 @@ class PairResult:
         return asdict(self)
 
 
-def check_pair(vision_type: str, text_type: str, seed: int = 0) -> PairResult:
-    """Compose tiny parts of two types and run the checks. Whatever goes wrong is recorded, never raised."""
-    result = PairResult(vision_type, text_type)
+def check_pair(
+    vision_type: str, text_type: str, seed: int = 0, combination: str | None = None, **composed_arguments
+) -> PairResult:
+    """Compose tiny parts of two types and run the checks. Whatever goes wrong is recorded, never raised.
+
+    Args:
+        combination: A name for `composed_arguments`, which are handed to `ComposedModel`.
+    """
+    result = PairResult(vision_type, text_type, combination)
     start = time.monotonic()
     torch.manual_seed(seed)
     try:
@@ -96,6 +104,7 @@ def check_pair(vision_type: str, text_type: str, seed: int = 0) -> PairResult:
             tiny_configs.picture_size(vision_type),
             seed=seed,
             new_tokens=3,
+            **composed_arguments,
         )
     except (CompositionError, ImportError) as error:
         missing = missing_library(error)

@@ -13,7 +13,8 @@ from .worker_processes import run_in_processes
 TOWER = "clip_vision_model"
 LANGUAGE_MODEL = "llama"
 
-Pair = tuple[str, str]
+#: Vision type and language model type, and how they are joined where it is not the usual way.
+Pair = tuple[str, ...]
 Result = dict[str, Any]
 
 
@@ -47,7 +48,7 @@ def working_types(results: dict[Pair, Result]) -> tuple[list[str], list[str]]:
 def measure(
     pairs: Iterable[Pair],
     journal: Journal,
-    check: Callable[[str, str], Result],
+    check: Callable[..., Result],
     num_workers: int,
     timeout: float,
     memory: int | None,
@@ -56,7 +57,7 @@ def measure(
     """Results of the pairs: from the journal where it has them, else measured, each in a process of its own.
 
     Args:
-        check: Gives the result of a vision type and a language model type.
+        check: Gives the result of a vision type, a language model type, and a combination where the pair has one.
         on_result: Called with every result, known or new.
     """
     pairs = list(pairs)

@@ -8,16 +8,13 @@ import torch
 import transformers
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import tiny_configs
 from .journal import Journal, source_hash, versions
-from .pair_checks import FAILS, NOT_TRIED, REFUSED, WORKS, check_pair
-from .plan import LANGUAGE_MODEL, TOWER, Result, measure, random_pairs, type_pairs, working_types
+from .pair_checks import FAILS, check_pair
+from .plan import LANGUAGE_MODEL, TOWER, Result, random_pairs, type_pairs, working_types
+from .progress import COLOURS, Counting, print_result
 from .table import JSON_NAME, MARKDOWN_NAME, make_table, write_table
-
-
-_COLOURS = {WORKS: "green", REFUSED: "yellow", NOT_TRIED: "yellow", FAILS: "red"}
 
 
 def main(
@@ -81,7 +78,7 @@ def main(
     if resumed:
         console.print(f"{resumed} results of an earlier run are kept ({journal}); --fresh measures them anew.")
     try:
-        with _Counting(console) as counting:
+        with Counting(console) as counting:
             results = counting.measure(
                 "types", type_pairs(vision_types, text_types), records, check, workers, timeout, limit
             )
@@ -98,7 +95,7 @@ def main(
     failing = [result for result in results.values() if result["status"] == FAILS]
     if only:
         for result in results.values():
-            _print_result(console, result)
+            print_result(console, result)
         raise typer.Exit(bool(failing))
     table = make_table(
         {"versions": versions(), "seed": seed, "with_vision": TOWER, "with_text": LANGUAGE_MODEL},
@@ -109,59 +106,12 @@ def main(
     write_table(table, output)
     for kind, label in (("vision", "vision types"), ("text", "language model types"), ("pairs", "random pairs")):
         counts = table["counts"][kind]
-        parts = ", ".join(f"{counts[status]} {status}" for status in _COLOURS)
+        parts = ", ".join(f"{counts[status]} {status}" for status in COLOURS)
         console.print(f"{counts['tried']} {label}: {parts}", highlight=False)
     for result in [*failing, *(result for result in drawn_results.values() if result["status"] == FAILS)]:
-        _print_result(console, result)
+        print_result(console, result)
     console.print(f"Written: {output / MARKDOWN_NAME}, {output / JSON_NAME}", highlight=False)
     raise typer.Exit(bool(failing))
-
-
-class _Counting:
-    """A progress bar that counts what works, is refused and fails.
-
-    It is drawn when a result comes, not by a thread: processes are forked while it is there.
-    """
-
-    def __init__(self, console: Console):
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[counts]}"),
-            TimeElapsedColumn(),
-        )
-        self.progress = Progress(*columns, console=console, auto_refresh=False)
-
-    def __enter__(self):
-        self.progress.start()
-        return self
-
-    def __exit__(self, *exc_info):
-        self.progress.stop()
-
-    def measure(self, label: str, pairs, records, check, workers, timeout, limit):
-        bar = self.progress.add_task(label, total=len(pairs), counts="")
-        counts = dict.fromkeys(_COLOURS, 0)
-
-        def count(result: Result) -> None:
-            counts[result["status"]] += 1
-            text = " ".join(f"[{colour}]{counts[status]} {status}[/]" for status, colour in _COLOURS.items())
-            self.progress.update(bar, advance=1, counts=text, refresh=True)
-
-        return measure(pairs, records, check, workers, timeout, limit, count)
-
-
-def _print_result(console: Console, result: Result) -> None:
-    name = f"{result['vision']} + {result['text']}"
-    console.print(f"{name}: {result['status']}", style=_COLOURS[result["status"]], highlight=False, markup=False)
-    lines = [result["reason"]] if result["reason"] and not result["failed"] else []
-    lines += [f"{check}: {found}" for check, found in result["failed"].items()]
-    lines += [f"mark: {mark}" for mark in result["marks"]]
-    if result["status"] == WORKS:
-        lines += [f"{key}: {value}" for key, value in result["details"].items()]
-    for line in lines:
-        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

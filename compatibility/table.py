@@ -66,9 +66,16 @@ def _row(result: Result, kind: str | None) -> Result:
 
 def write_table(table: dict[str, Any], folder: Path) -> None:
     """Write both files, each aside and then renamed."""
+    write_files(folder, JSON_NAME.removesuffix(".json"), table, to_markdown(table))
+
+
+def write_files(folder: Path, name: str, table: dict[str, Any], text: str) -> list[Path]:
+    """Write `<name>.json` and `<name>.md`, each aside and then renamed; their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / JSON_NAME, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
-    _write(folder / MARKDOWN_NAME, to_markdown(table))
+    paths = [folder / f"{name}.json", folder / f"{name}.md"]
+    for path, content in zip(paths, (json.dumps(table, indent=1, ensure_ascii=False) + "\n", text)):
+        _write(path, content)
+    return paths
 
 
 def read_table(folder: Path) -> dict[str, Any] | None:
@@ -91,7 +98,7 @@ def to_markdown(table: dict[str, Any]) -> str:
         f"{versions['anyvlm']}; never edited by hand. Each type was composed in a tiny form with random weights (seed "
         f"{table['seed']}): every vision type with `{table['with_text']}`, every language model type with "
         f"`{table['with_vision']}`, then random pairs of types that work.",
-        _rows(
+        markdown_rows(
             ["", "tried", *_STATUSES],
             [
                 [label, counts[kind]["tried"], *(counts[kind][status] for status in _STATUSES)]
@@ -109,11 +116,11 @@ def to_markdown(table: dict[str, Any]) -> str:
         "between: a type that is composed and then fails a check is an error of anyvlm.",
         "## Marks",
         "What a type that works lacks of itself:",
-        _rows(["mark", "meaning", "types"], _marks(table)),
+        markdown_rows(["mark", "meaning", "types"], _marks(table)),
         "## Vision types",
         "Tokens are those of one picture of the tiny tower. *Inputs* is how the tower takes pictures, *features* how it "
         "gives them back.",
-        _rows(
+        markdown_rows(
             ["type", "status", "tokens", "inputs", "features", "marks"],
             [
                 [
@@ -128,7 +135,7 @@ def to_markdown(table: dict[str, Any]) -> str:
             ],
         ),
         "## Language model types",
-        _rows(
+        markdown_rows(
             ["type", "status", "marks"],
             [[f"`{name}`", row["status"], "; ".join(row["marks"])] for name, row in table["text"].items()],
         ),
@@ -140,7 +147,7 @@ def to_markdown(table: dict[str, Any]) -> str:
             if rows:
                 sections.append(f"### {label}: {status} ({len(rows)})")
                 sections.append(
-                    _rows(["type", "reason"], [[f"`{name}`", row["reason"]] for name, row in rows.items()])
+                    markdown_rows(["type", "reason"], [[f"`{name}`", row["reason"]] for name, row in rows.items()])
                 )
     sections.append("## Random pairs")
     not_working = [pair for pair in table["pairs"] if pair["status"] != WORKS]
@@ -152,7 +159,7 @@ def to_markdown(table: dict[str, Any]) -> str:
     )
     if not_working:
         sections.append(
-            _rows(
+            markdown_rows(
                 ["vision", "text", "status", "reason"],
                 [[f"`{pair['vision']}`", f"`{pair['text']}`", pair["status"], pair["reason"]] for pair in not_working],
             )
@@ -169,7 +176,7 @@ def _marks(table: dict[str, Any]) -> list[list[Any]]:
     return [[mark, meaning, marked[mark]] for mark, meaning in MARKS.items()]
 
 
-def _rows(columns: list[str], rows: list[list[Any]]) -> str:
+def markdown_rows(columns: list[str], rows: list[list[Any]]) -> str:
     def line(cells) -> str:
         return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 

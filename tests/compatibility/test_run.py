@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from anyvlm.compatibility import run as command
-from anyvlm.compatibility.journal import Journal, source_hash
+from anyvlm.compatibility.journal import MEASURED_CODE, Journal, source_hash
 from anyvlm.compatibility.pair_checks import MARKS, PairResult
 from anyvlm.compatibility.plan import measure, random_pairs, type_pairs, working_types
 from anyvlm.compatibility.table import make_table, read_table, to_markdown, write_table
@@ -152,11 +152,11 @@ def test_results_of_other_code_are_put_aside(tmp_path):
 
 
 def test_the_hash_follows_the_code(tmp_path):
-    for name in ("configuration", "modeling", "processing", "composition", "compatibility"):
-        (tmp_path / name).mkdir()
-    for name in ("composed_model", "pair_checks", "tiny_configs", "tiny_text_settings", "tiny_tokenizer",
-                 "tiny_vision_settings"):  # fmt: skip
-        (tmp_path / "compatibility" / f"{name}.py").write_text("")
+    for name in MEASURED_CODE:
+        path = tmp_path / name
+        (path if path.suffix == "" else path.parent).mkdir(exist_ok=True)
+        if path.suffix:
+            path.write_text("")
     before = source_hash(tmp_path)
     assert source_hash(tmp_path) == before
     (tmp_path / "modeling" / "new.py").write_text("x = 1")
