@@ -28,17 +28,18 @@ from .table import read_table, write_files
 PROJECTORS: dict[str, Any] = {
     "linear": "linear",
     "mlp": "mlp",
-    "pixel_shuffle": "pixel_shuffle",
+    "pixel_shuffle": {"type": "pixel_shuffle", "pad": True},
     "avg_pool": "avg_pool",
-    "patch_merger": "patch_merger",
+    "patch_merger": {"type": "patch_merger", "pad": True},
+    "conv": "conv",
     "resampler": {"type": "resampler", "num_queries": 4},
     "qformer": {"type": "qformer", "num_queries": 4},
 }
 FUSIONS: dict[str, Any] = {"embed": "embed", "cross_attention": "cross_attention", "gated": "gated"}
 VIEWS: dict[str, Any] = {
     "resize": "resize",
-    "tiles": {"type": "tiles", "max_tiles": 2},
-    "tiles, any resolution": {"type": "tiles", "layout": "anyres"},
+    "tiles (anyres)": {"type": "tiles", "layout": "anyres"},
+    "tiles (dynamic)": {"type": "tiles", "layout": "dynamic", "max_tiles": 2},
     "slices": {"type": "slices", "max_slices": 2},
     "native": "native",
 }
@@ -162,3 +163,7 @@ def main(
         console.print(f"{len(results)} pairs in {len(names)} combinations: {counts}", highlight=False)
         console.print(f"Written: {', '.join(map(str, paths))}", highlight=False)
     raise typer.Exit(bool(failing))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -10,7 +10,7 @@ from anyvlm.compatibility import combinations as command
 from anyvlm.compatibility.combinations import combination_names, compose_arguments, draw_pairs
 from anyvlm.compatibility.pair_checks import PairResult
 from anyvlm.configuration.configuration_anyvlm import FUSIONS
-from anyvlm.configuration.image_views import VIEW_TYPES
+from anyvlm.configuration.image_views import VIEWS
 from anyvlm.modeling.projectors import PROJECTORS
 
 
@@ -52,7 +52,7 @@ def test_everything_there_is_is_combined():
 
     assert types("projector") == set(PROJECTORS)
     assert types("fusion") == set(FUSIONS)
-    assert types("views") == set(VIEW_TYPES)
+    assert types("views") == set(VIEWS)
 
 
 def test_pairs_are_drawn_of_what_works():
