@@ -18,6 +18,7 @@ import anyvlm
 
 from ..composition.compose import embedding_rms
 from ..composition.parts import load_language_model
+from ..modeling.base_model import AnyVlmImageFeatures
 from ..modeling.cross_attention import TanhGate
 from ..modeling.gated_fusion import GatedFusion
 from .bare_language_model import bare_cache_works, bare_padding_works
@@ -257,7 +258,7 @@ class ComposedModel:
                 require(not bare_padding_works(self.bare_language_model, side), f"{side} padding is refused: {error}")
                 refused.append(side)
                 continue
-            encoded = self._image_tokens_in_batch(batch, singles)
+            encoded = self._encoded_in_batch(batch, singles)
             for row, expected in enumerate(alone):
                 difference = _difference(together[row], expected, batch["attention_mask"][row])
                 if difference >= tolerance:  # of padding, or of a tower that rounds otherwise in a batch?
@@ -272,26 +273,29 @@ class ComposedModel:
                     require(torch.equal(answers[row], expected), f"{side} padding changes the answer to sample {row}")
         return refused
 
-    def _image_tokens_in_batch(self, batch, singles: list) -> list[list[torch.Tensor]]:
-        """Each sample's image tokens as the batch gives them, which are those it has alone but for rounding."""
+    def _encoded_in_batch(self, batch, singles: list) -> list[AnyVlmImageFeatures | None]:
+        """Each sample's image features as the batch gives them, which are those it has alone but for rounding."""
         with torch.no_grad():
             together = self.model.get_image_features(**self.image_inputs(batch)).pooler_output
             samples = []
             for single in singles:
                 images = self.image_inputs(single)
-                alone = self.model.get_image_features(**images).pooler_output if images else []
-                own, together = together[: len(alone)], together[len(alone) :]
-                for found, expected in zip(own, alone):
+                alone = self.model.get_image_features(**images) if images else None
+                own = together[: len(alone.pooler_output)] if images else []
+                together = together[len(own) :]
+                for found, expected in zip(own, alone.pooler_output if images else []):
                     difference = float((found - expected).abs().max() / expected.abs().max())
                     require(difference < 1e-3, f"a picture in a batch has other features, by {difference:.2g}")
-                samples.append(own)
+                if images:
+                    alone.pooler_output = own
+                samples.append(alone)
         return samples
 
-    def _logits_of_encoded(self, inputs, tokens: list[torch.Tensor]) -> torch.Tensor:
-        """Logits of a sample whose image tokens are given."""
+    def _logits_of_encoded(self, inputs, encoded: AnyVlmImageFeatures | None) -> torch.Tensor:
+        """Logits of a sample whose image features are given."""
         text = {name: value for name, value in inputs.items() if name in _TEXT_INPUTS}
         with torch.no_grad():
-            return self.model(**text, mm_encoder_outputs={"image": _Encoded(tokens)} if tokens else None).logits[0]
+            return self.model(**text, mm_encoder_outputs={"image": encoded} if encoded else None).logits[0]
 
     def check_save_and_load(self, directory: Path, resize: bool = True) -> None:
         """Exact after saving and loading, tied weights still tied; also after the vocabulary was resized."""
@@ -364,7 +368,7 @@ class ComposedModel:
             as_image = self.model(
                 input_ids=ids,
                 attention_mask=inputs["attention_mask"],
-                mm_encoder_outputs={"image": _Encoded([tokens])},
+                mm_encoder_outputs={"image": AnyVlmImageFeatures(pooler_output=[tokens], token_grids=[None])},
             ).logits
             expected = self.model.language_model(input_ids=as_text, attention_mask=inputs["attention_mask"]).logits
         if self.model.language_model_interface.has_per_layer_inputs:
@@ -410,13 +414,6 @@ def _difference(found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor)
     """Largest difference of the logits of a padded sample `(sequence, vocabulary)` from those of the sample alone,
     relative to the largest of them where that is above 1."""
     return float((found[mask.bool()] - expected).abs().max() / expected.abs().max().clamp(min=1))
-
-
-class _Encoded:
-    """Image features as `get_image_features` returns them."""
-
-    def __init__(self, pooler_output):
-        self.pooler_output = pooler_output
 
 
 def is_tied(model: nn.Module) -> bool:

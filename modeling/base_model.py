@@ -166,11 +166,15 @@ class AnyVlmModel(FusionMixin, PreTrainedModel):
 
     def enable_input_require_grads(self) -> None:
         """For gradient checkpointing and adapters. Only the text's embeddings need it: transformers' version would also
-        hook the tower's patch embedding, which for some towers (swin, hiera) does not return a tensor."""
-        self.language_model.enable_input_require_grads()
+        hook the tower's patch embedding, which for some towers (swin, hiera) does not return a tensor. Nor is it needed
+        with cross-attention, whose checkpointing is never reentrant; some embeddings (git) are added to in place, which
+        hooked ones refuse."""
+        if self.fusion is None or self.fusion.changes_embeddings:
+            self.language_model.enable_input_require_grads()
 
     def disable_input_require_grads(self) -> None:
-        self.language_model.disable_input_require_grads()
+        if self.fusion is None or self.fusion.changes_embeddings:
+            self.language_model.disable_input_require_grads()
 
     def learn_about_language_model(self, learnt: dict[str, Any]) -> None:
         """Add to what is known about the language model (`language_model_spec`), here and in the config."""
@@ -388,10 +392,8 @@ class AnyVlmModel(FusionMixin, PreTrainedModel):
         self._check_picture_states(picture_states, past_key_values, sequence)
         if picture_states is not None:
             if self.fusion.changes_embeddings:
-                placeholders = self._image_mask(input_ids, inputs_embeds)
-                extra = self.language_model_interface.embedding_arguments(
-                    self.language_model, input_ids, placeholders, self.config.text_config.pad_token_id or 0
-                )
+                # The placeholder is an ordinary token here, with rows of its own in every table.
+                extra = self.language_model_interface.embedding_arguments(self.language_model, input_ids)
                 if inputs_embeds is None:
                     inputs_embeds = self.get_input_embeddings()(input_ids)
                 inputs_embeds = self.fusion(inputs_embeds, picture_states, self._text_attention)

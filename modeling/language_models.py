@@ -173,13 +173,17 @@ class LanguageModelInterface:
                 )
 
     def embedding_arguments(
-        self, language_model: nn.Module, input_ids: torch.Tensor | None, image_mask: torch.Tensor, pad_token_id: int
+        self,
+        language_model: nn.Module,
+        input_ids: torch.Tensor | None,
+        image_mask: torch.Tensor | None = None,
+        pad_token_id: int = 0,
     ) -> dict:
         """What must go along with `inputs_embeds` so that the text in them is treated as its ids would be.
 
         Args:
             input_ids: `(batch, sequence)`, or `None` if only embeddings are known.
-            image_mask: Boolean `(batch, sequence)`, true at image tokens.
+            image_mask: Boolean `(batch, sequence)`, true at image tokens; `None` if every id is that of a word.
             pad_token_id: Stands in for image tokens, which have no row in a per-layer table.
         """
         if not self.has_per_layer_inputs:
@@ -189,7 +193,7 @@ class LanguageModelInterface:
                 "This language model looks up per-layer embeddings from token ids, so it cannot be given "
                 "`inputs_embeds` alone. Pass `input_ids`."
             )
-        text_ids = input_ids.masked_fill(image_mask, pad_token_id)
+        text_ids = input_ids if image_mask is None else input_ids.masked_fill(image_mask, pad_token_id)
         get_per_layer_inputs = base_language_model(language_model).get_per_layer_inputs
         # gemma4 asks for embeddings too, to guess ids from where there are none; before transformers 5.23 always.
         asks = "inputs_embeds" in inspect.signature(get_per_layer_inputs).parameters

@@ -34,7 +34,9 @@ def invoke(monkeypatch, tmp_path):
 
     monkeypatch.setattr(command, "check_combination", made_up_check)
     # A process for each pair: some combinations will do.
-    names = [f"{p} / {f} / resize" for p in ("resampler", "mlp") for f in ("embed", "gated")] + ["mlp / embed / slices"]
+    names = [f"{p} / {f} / resize" for p in ("resampler", "mlp") for f in ("embed", "gated")] + [
+        "mlp / embed / slices"
+    ]
     monkeypatch.setattr(command, "combination_names", lambda: names)
     (tmp_path / "compatibility.json").write_text(json.dumps(TABLE))
     app = typer.Typer()
