@@ -85,6 +85,7 @@ class ComposedModel:
             **compose_arguments,
         )
         make_sensitive(self.model.vision_tower, seed=3 * seed + 2)
+        make_sensitive(self.model.multi_modal_projector, seed=3 * seed + 3)
         if self.model.fusion is not None:
             set_gates(self.model.fusion, 0.7)  # closed ones would hide whatever goes astray
         self._fit_batch_norms()

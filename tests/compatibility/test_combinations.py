@@ -55,7 +55,8 @@ def test_everything_there_is_is_combined():
     def types(key):
         return {value if isinstance(value, str) else value["type"] for value in (each[key] for each in arguments)}
 
-    assert types("projector") == set(PROJECTORS)
+    # `identity` joins only parts of one width, which random parts never are.
+    assert types("projector") == set(PROJECTORS) - {"identity"}
     assert types("fusion") == set(FUSIONS)
     assert types("views") == set(VIEWS)
 
