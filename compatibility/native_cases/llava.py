@@ -91,7 +91,7 @@ CASES = (
     NativeCase(
         "vipllava",
         lambda tied: _config(
-            CLIPVisionConfig(**VISION), LlamaConfig, tied, VipLlavaConfig, vision_feature_layer=[-2, -3, 1]
+            CLIPVisionConfig(**VISION), LlamaConfig, tied, VipLlavaConfig, vision_feature_layers=[-2, -3, 1]
         ),
         partial(_processor, strategy="default"),
     ),
@@ -102,7 +102,7 @@ CASES = (
             LlamaConfig,
             tied,
             VipLlavaConfig,
-            vision_feature_layer=-2,
+            vision_feature_layers=-2,
             projector_layernorm_eps=1e-3,
         ),
         partial(_processor, strategy="default"),

@@ -162,7 +162,7 @@ LLAVA = NativeFamily(
 
 
 def _read_vipllava(native: VipLlavaConfig) -> dict[str, Any]:
-    layer = native.vision_feature_layer
+    layer = native.vision_feature_layers  # before transformers 5.23 its only name
     return {
         "vision_config": copy.deepcopy(native.vision_config),
         "text_config": text_part(native),
@@ -185,8 +185,12 @@ def _write_vipllava(config: AnyVlmConfig) -> VipLlavaConfig:
         _is_sequence(config),
         (beside == (1, 0), f"it drops one token before the patches, not {beside}"),
     )
+    parts = write_parts(config)
+    layers = parts.pop("vision_feature_layer")
     return VipLlavaConfig(
-        **write_parts(config), projector_layernorm_eps=projector_arguments(config.projector_config)["norm_eps"]
+        **parts,
+        vision_feature_layers=layers,
+        projector_layernorm_eps=projector_arguments(config.projector_config)["norm_eps"],
     )
 
 

@@ -314,13 +314,16 @@ def _aside(destination: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.chmod(0o777 & ~_umask())
-        replaced = None
+        replaced = partial.with_suffix(".replaced")
         if destination.exists():
-            replaced = partial.with_suffix(".replaced")
             os.rename(destination, replaced)
-        os.rename(partial, destination)
-        if replaced is not None:
-            shutil.rmtree(replaced)
+        try:
+            os.rename(partial, destination)
+        except BaseException:
+            if replaced.exists():
+                os.rename(replaced, destination)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
