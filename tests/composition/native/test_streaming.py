@@ -71,6 +71,7 @@ def _plain(config) -> dict:
 @pytest.mark.parametrize(
     ("case", "tied"),
     [(LLAVA, False), (EXPERTS, False), *((case, case.ties[-1]) for case in [*native_cases(), EXPERTS])],
+    ids=lambda value: str(value) if isinstance(value, NativeCase) else "tied" if value else "untied",
 )
 def test_a_converted_checkpoint_is_what_from_native_makes_and_comes_back(case, tied, tmp_path):
     native, processor = build_native(case, seed=0, tied=tied)
