@@ -30,6 +30,8 @@ from transformers.masking_utils import (
     sliding_window_overlay,
 )
 
+from .fusion import cached_length
+
 
 #: Attention implementations that are given a mask for each pair of tokens. Flash attention is not.
 _WITH_PAIRS = ("eager", "sdpa", "flex_attention")
@@ -51,7 +53,7 @@ def image_attention_masks(
     Args:
         shape: `(batch, sequence)` of what it is called with; the other arguments are explained below.
     """
-    past_length = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+    past_length = cached_length(past_key_values) or 0
     device = position_ids.device
     blocks = attention_blocks(image_attention, image_mask, picture_lengths, token_type_ids, shape, past_length, device)
     if blocks is None:

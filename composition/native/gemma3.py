@@ -1,7 +1,7 @@
 """Gemma 3 (Gemma Team 2025): means of neighbouring features, normed, one matrix; the tokens of a picture see one another.
 
 Its processor cuts long pictures into crops ("pan and scan") only where a call asks for it, so imported models show pictures
-whole. `PAN_AND_SCAN` and `PAN_AND_SCAN_TEXT` are the same for a model of ours.
+whole until `pan_and_scan` is called.
 """
 
 import copy
@@ -12,6 +12,8 @@ from transformers import Gemma3Config, Gemma3TextConfig, PreTrainedConfig, Proce
 
 from ...configuration.configuration_anyvlm import AnyVlmConfig
 from ...configuration.image_tokens import num_tokens_of_grid
+from ...configuration.image_views import check_image_views
+from ...modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
 from ...processing.processing_anyvlm import AnyVlmProcessor
 from .dynamic_tiles import require_text, square_tower
 from .family import NativeFamily, require, text_part
@@ -19,8 +21,26 @@ from .keys import Rename, Rule, transposed
 from .projector_arguments import FREE, projector_arguments, same_projector
 
 
-#: `image_views` of crops as its processor makes them with `do_pan_and_scan=True`; `view_size` is that of the tower.
-PAN_AND_SCAN = {"type": "tiles", "layout": "pan_and_scan", "min_crop_size": 256, "max_tiles": 4, "min_ratio": 1.2}
+def pan_and_scan(
+    model: AnyVlmForConditionalGeneration,
+    processor: AnyVlmProcessor,
+    min_crop_size: int = 256,
+    max_crops: int = 4,
+    min_ratio: float = 1.2,
+) -> None:
+    """Let an imported model show long pictures whole and in crops, as the native processor does with
+    `do_pan_and_scan=True`; the arguments are its `pan_and_scan_…`, with its defaults. Model and processor are changed."""
+    views = {
+        "type": "tiles",
+        "layout": "pan_and_scan",
+        "view_size": list(model.config.vision_tower_spec["image_size"]),
+        "min_crop_size": min_crop_size,
+        "max_tiles": max_crops,
+        "min_ratio": min_ratio,
+    }
+    check_image_views(views)
+    model.config.image_views, processor.image_views = views, dict(views)
+    processor.image_text = pan_and_scan_text(processor.tokenizer)
 
 
 def picture_text(tokenizer) -> dict[str, str]:
@@ -74,7 +94,10 @@ def _write(config: AnyVlmConfig) -> Gemma3Config:
     require(
         (config.fusion == "embed", f"fusion is {config.fusion!r}, not 'embed'"),
         (config.image_attention == "bidirectional", f"image_attention is {config.image_attention!r}"),
-        (config.image_views is None or config.image_views["type"] == "resize", "a picture becomes several views"),
+        (
+            config.image_views is None or config.image_views["type"] == "resize",
+            "its processor cuts pictures only where a call asks for it",
+        ),
         (isinstance(config.text_config, Gemma3TextConfig), "its language model is gemma3_text"),
         (config.vision_feature_layer is None, "it reads the last hidden state of its tower"),
         *square_tower(config, ((0, 0),)),
