@@ -149,6 +149,12 @@ def compose(
     vision_fusion: VisionFusionOption = VisionFusion.channel,
     projector: ProjectorOption = "mlp",
     views: ViewsOption = None,
+    image_attention: Annotated[
+        str,
+        typer.Option(
+            help="What a token sees: causal, bidirectional (all of its picture) or prefix (all of the prompt)."
+        ),
+    ] = "causal",
     image_size: ImageSizeOption = None,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of all weights; auto is the language model's own.")] = Dtype.auto,
     tokenizer: Annotated[
@@ -176,6 +182,7 @@ def compose(
     arguments = {
         "projector": _name_or_json(projector),
         "views": None if views is None else _name_or_json(views),
+        "image_attention": image_attention,
         "image_size": _image_size(image_size),
         "vision_fusion": vision_fusion.value,
     }

@@ -3,8 +3,8 @@
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from ..modeling.base_model import AnyVlmImageFeatures
 from .errors import CompositionError
 from .language_model_probe import plain_words, relative_error, rounding
 from .running import in_mode
@@ -121,7 +121,8 @@ class _Run:
 
     def _pictures(self, tokens: torch.Tensor) -> dict:
         pooler_output = [tokens[start:end] for start, end in _PICTURES]
-        return {"image": BaseModelOutputWithPooling(pooler_output=pooler_output)}
+        grids = [(1, len(tokens)) for tokens in pooler_output]
+        return {"image": AnyVlmImageFeatures(pooler_output=pooler_output, token_grids=grids)}
 
     def _forward(self, input_ids: torch.Tensor, pictures: dict | None, types: torch.Tensor | None = None, **kwargs):
         if types is None:

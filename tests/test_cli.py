@@ -182,6 +182,11 @@ def bad_inputs(parts, tmp_path):
         "zero size": (["compose", tower, language_model, *output, "--image-size", "0"], 2, "32x64"),
         "projector": (["compose", tower, language_model, *output, "--projector", "magic"], 1, "mlp"),
         "projector's JSON": (["compose", tower, language_model, *output, "--projector", "{mlp}"], 2, "JSON"),
+        "image attention": (
+            ["compose", tower, language_model, *output, "--image-attention", "both"],
+            1,
+            "Unknown image_attention 'both'",
+        ),
         "views": (["compose", tower, language_model, *output, "--views", "mosaic"], 1, "Unknown views 'mosaic'"),
         "views' JSON": (["compose", tower, language_model, *output, "--views", "{tiles}"], 2, "JSON"),
         "projector's argument": (

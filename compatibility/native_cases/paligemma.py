@@ -1,5 +1,7 @@
 """PaliGemma with Gemma, and PaliGemma 2 with Gemma 2, whose window is shorter than a picture."""
 
+import inspect
+
 from transformers import (
     Gemma2Config,
     GemmaConfig,
@@ -8,6 +10,7 @@ from transformers import (
     SiglipImageProcessorPil,
     SiglipVisionConfig,
 )
+from transformers.models.paligemma import modeling_paligemma
 
 from . import NativeCase, case_tokenizer, chat_template
 from .llava import TEXT, VISION
@@ -15,6 +18,9 @@ from .llava import TEXT, VISION
 
 #: The words, the image token, and 1,152 tokens for places and segments that the processor adds.
 _VOCABULARY = 1280
+
+#: Before transformers 5.23 the class did not cap its logits, as Gemma 2 does; such a model is refused there.
+_CAP = 5.0 if "final_logit_softcapping" in inspect.getsource(modeling_paligemma) else None
 
 
 def _config(tied: bool, text_class, **text_settings) -> PaliGemmaConfig:
@@ -49,7 +55,7 @@ CASES = (
             sliding_window=9,
             layer_types=["sliding_attention", "full_attention"],
             query_pre_attn_scalar=12,
-            final_logit_softcapping=5.0,
+            final_logit_softcapping=_CAP,
         ),
         _processor,
     ),

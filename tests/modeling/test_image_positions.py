@@ -156,6 +156,19 @@ class TestModel:
                 expected = ids[0, prompt:]
             assert torch.equal(found[row], expected)
 
+    @pytest.mark.parametrize("image_attention", ["bidirectional", "prefix"])
+    def test_with_tokens_that_see_later_ones(self, image_attention):
+        model, processor = compose("qwen2_vl_vision", text_part(), image_attention=image_attention)
+        make_sensitive(model)
+        batch = processor(
+            text=["w1 <image> w2", "w3 w4 <image> w5"],
+            images=[[picture(0, (64, 128))], [picture(1, (64, 64))]],
+            padding=True,
+            return_tensors="pt",
+        )
+        settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+        assert torch.equal(model.generate(**batch, **settings), model.generate(**batch, **settings, use_cache=False))
+
     def test_steps_without_generate(self, composed):
         """A cache that the language model makes knows what the pictures saved."""
         model, processor = composed
