@@ -37,7 +37,7 @@ from .native_classes import describe_llava, describe_servers
 from .nearest import nearest_size, nearest_types_to
 from .parts import PartSource, pretrained_name
 from .probe import probe_vision_tower
-from .projector_grid import check_projector_grid
+from .projector_grid import check_projector_arguments, check_projector_grid
 from .small_copies import MAX_REAL_PARAMETERS
 from .tokenizers import add_image_token, load_tokenizer, normalise_special_tokens
 from .vision_part import check_own_code, check_vision_fusion, for_each, fuse_towers, fused_spec, vision_sources
@@ -78,7 +78,7 @@ def check(
     """
     started = time.monotonic()
     projector_config = {"type": projector} if isinstance(projector, str) else dict(projector)
-    build_projector({"in_features": 1, "out_features": 1, **projector_config})
+    check_projector_arguments(projector_config)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     sources = vision_sources(vision)
     check_vision_fusion(vision_fusion)

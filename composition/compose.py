@@ -31,7 +31,7 @@ from .model_sizes import num_positions
 from .native_views import fit_to_budget
 from .parts import PartSource, load_language_model, load_vision_tower, pretrained_name, source_name
 from .probe import probe_features
-from .projector_grid import check_projector_grid, check_projector_widths
+from .projector_grid import check_projector_arguments, check_projector_grid, check_projector_widths
 from .tokenizers import (
     add_image_token,
     load_instruction_tokenizer,
@@ -43,9 +43,6 @@ from .vision_part import check_vision_fusion, examine_vision_part, vision_source
 
 
 logger = logging.getLogger(__name__)
-
-#: Stands for widths that are not known yet; nearly every number of heads divides it.
-_ANY_WIDTH = 2**6 * 3**2 * 5 * 7 * 11 * 13
 
 
 def compose(
@@ -149,8 +146,7 @@ def compose(
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         # Cheap mistakes first: an unknown projector is found before a gigabyte is read.
-        with torch.device("meta"):
-            build_projector({"in_features": _ANY_WIDTH, "out_features": _ANY_WIDTH, **projector_config})
+        check_projector_arguments(projector_config)
         language_model = load_language_model(text, dtype, trust_remote_code)
         dtype = dtype or language_model.dtype
         towers = [load_vision_tower(source, dtype, trust_remote_code) for source in sources]

@@ -7,6 +7,20 @@ from ..modeling.projectors import build_projector
 from .errors import CompositionError
 
 
+#: Stands for widths that are not known yet; nearly every number of heads divides it.
+_ANY_WIDTH = 2**6 * 3**2 * 5 * 7 * 11 * 13
+
+
+def check_projector_arguments(projector_config: dict) -> None:
+    """Build the projector without weights, before anything is loaded.
+
+    Raises:
+        ValueError: an unknown type, or arguments that it does not take or that do not go together.
+    """
+    with torch.device("meta"):
+        build_projector({"in_features": _ANY_WIDTH, "out_features": _ANY_WIDTH, **projector_config})
+
+
 def check_projector_grid(projector_config: dict, spec: dict, any_grid: bool) -> Grid:
     """The grid of tokens of a picture of the size that the tower was measured with.
 

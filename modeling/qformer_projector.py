@@ -2,7 +2,13 @@
 
 import torch
 from torch import nn
-from transformers import Blip2QFormerModel, InstructBlipQFormerModel, PreTrainedModel
+from transformers import (
+    Blip2QFormerConfig,
+    Blip2QFormerModel,
+    InstructBlipQFormerConfig,
+    InstructBlipQFormerModel,
+    PreTrainedModel,
+)
 
 from ..configuration.token_grids import Grid
 from .query_projectors import check_counts
@@ -80,8 +86,11 @@ class QFormerProjector(nn.Module):
 
 
 def _build_qformer(qformer_config: dict, in_features: int, reads_text: bool) -> PreTrainedModel:
-    model_class = InstructBlipQFormerModel if reads_text else Blip2QFormerModel
-    config_class = model_class.config_class
+    model_class, config_class = (
+        (InstructBlipQFormerModel, InstructBlipQFormerConfig)
+        if reads_text
+        else (Blip2QFormerModel, Blip2QFormerConfig)
+    )
     unknown = sorted(qformer_config.keys() - config_class.__dataclass_fields__.keys() - {"model_type"})
     if unknown:
         raise ValueError(f"qformer_config has {', '.join(unknown)}, which {config_class.__name__} does not know.")
