@@ -5,6 +5,7 @@ import copy
 from typing import Any
 
 import transformers
+from PIL import Image
 from transformers import MiniCPMV4_6Config, MiniCPMV4_6ImageProcessorPil, ProcessorMixin
 
 from ...configuration.configuration_anyvlm import AnyVlmConfig
@@ -29,6 +30,13 @@ _NAMED = (
 
 #: Patches along each edge of a token, in the two modes of the native class.
 _PATCHES = {"16x": 4, "4x": 2}
+
+
+def _rounding_unit(image_processor: Any) -> int:
+    """Pixels of which the edges of its views are multiples: those of a token, but older versions of transformers take mode
+    "16x" for that whatever the mode is. A picture this narrow becomes one of them wide."""
+    narrow = image_processor([Image.new("RGB", (1, 20000))], slice_mode=False, return_tensors="np")
+    return int(narrow["target_sizes"].min()) * image_processor.patch_size
 
 
 def _projector(width: int) -> dict[str, Any]:
@@ -79,7 +87,9 @@ def _write_config(config: AnyVlmConfig) -> MiniCPMV4_6Config:
         (views.get("type") == "slices", "it cuts pictures into slices"),
     )
     mode = "16x" if spec["merge_size"] == 2 else "4x"
-    unit = _PATCHES[mode] * config.vision_config.patch_size
+    unit = _rounding_unit(
+        MiniCPMV4_6ImageProcessorPil(patch_size=config.vision_config.patch_size, downsample_mode=mode)
+    )
     require((views.get("unit") == unit, f"the sizes of its slices are multiples of {unit} pixels"))
     return MiniCPMV4_6Config(
         vision_config=copy.deepcopy(config.vision_config),
@@ -112,7 +122,7 @@ def _read_views(native: MiniCPMV4_6Config, processor: ProcessorMixin) -> dict[st
     return {
         "type": "slices",
         "slice_size": settings.scale_resolution,
-        "unit": patch * _PATCHES[native.downsample_mode],
+        "unit": _rounding_unit(settings),
         "max_slices": settings.max_slice_nums if settings.slice_mode else 1,
     }
 
