@@ -152,3 +152,27 @@ class TestRefusals:
     def test_one_that_is_too_long(self, composed):
         with pytest.raises(ValueError, match="512 positions"):
             composed[1](text="w1 <image>", images=picture(0), instruction="w1 " * 600, return_tensors="pt")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"views": "tiles"}, {"views": "slices"}, {"fusion": "gated"}, {"fusion": "cross_attention"}], ids=str
+)
+def test_every_view_is_seen_with_the_instruction_of_its_picture(settings):
+    model, processor = compose(projector=PROJECTOR, **settings)
+    torch.nn.init.normal_(model.multi_modal_projector.qformer.embeddings.word_embeddings.weight)
+    texts, pictures = (
+        ["w1 <image> w2 w3", "<image> w4 <image>"],
+        [picture(0, (70, 90)), picture(1, (200, 64)), picture(2)],
+    )
+    batch = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
+    image_inputs = {key: value for key, value in batch.items() if key not in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        tokens = model.get_image_features(**image_inputs).pooler_output
+        for index, text in enumerate((texts[0], "<image> w4", "w4 <image>")):
+            inputs = processor(text=text, images=pictures[index], return_tensors="pt")
+            del inputs["input_ids"], inputs["attention_mask"]
+            alone = model.get_image_features(**inputs).pooler_output[0]
+            torch.testing.assert_close(tokens[index], alone, rtol=0, atol=1e-5)
+            other = processor(text=text, images=pictures[index], instruction="w8", return_tensors="pt")
+            del other["input_ids"], other["attention_mask"]
+            assert (model.get_image_features(**other).pooler_output[0] - alone).abs().max() > 1e-4
