@@ -411,7 +411,9 @@ def convert(
     ] = False,
     shard_size: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Largest file of weights, such as 2GB. Default: as the source's largest."),
+        typer.Option(
+            metavar="SIZE", help="Largest file of weights, such as 2GB. Default: as the source's, at most 5GB."
+        ),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Take the place of a folder that holds files.")

@@ -17,7 +17,8 @@ from ..errors import CompositionError
 class ShardReader:
     """The tensors of a checkpoint's safetensors files. Nothing is read until `read` asks for it.
 
-    One file is open at a time: the pages of an open file that were read count as this process's memory.
+    One file is open at a time, and `close` may be called at any time: the pages of an open file that were read count as
+    this process's memory.
 
     Raises:
         CompositionError: there are no such files in the folder, or files of its index are missing.
@@ -88,7 +89,9 @@ class ShardWriter:
         self._files: list[list[str]] = []
         self._total_bytes = 0
 
-    def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def write(self, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Take over tensors; whether a file was written for it."""
+        written = len(self._files)
         for key, tensor in tensors.items():
             if self._held and self._held_bytes + tensor.nbytes > self.max_bytes:
                 self._flush()
@@ -96,6 +99,7 @@ class ShardWriter:
             whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
             self._held[key] = tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
             self._held_bytes += tensor.nbytes
+        return len(self._files) > written
 
     def finish(self) -> list[Path]:
         """Write what is left, give the files their names and, if there are several, their index."""

@@ -33,6 +33,9 @@ from .weights import check_complete, language_model_rules
 #: Called with bytes done, all bytes, and what is being done.
 Progress = Callable[[int, int, str], None]
 
+#: Bytes of a file of weights, if nothing else is asked for: whoever has a model in one file may not have its memory.
+LARGEST_FILE = 5 * 10**9
+
 #: Files of a checkpoint that are read; others (weights in other formats) need not be downloaded.
 _FILES = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "*.tiktoken", "*.py"]
 
@@ -56,7 +59,7 @@ def convert_checkpoint(
     Args:
         source: Folder or Hub id. Old checkpoints, whose keys transformers renames when it loads them, will do.
         destination: Folder for the result.
-        max_shard_size: Most bytes of one file of weights. Default: the source's largest file.
+        max_shard_size: Most bytes of one file of weights. Default: the source's largest file, at most `LARGEST_FILE`.
         overwrite: Take the place of a folder that holds files.
         processor: In place of the source's own, where that cannot be loaded.
         on_progress: Told what is going on.
@@ -83,10 +86,11 @@ def convert_checkpoint(
         units = _units(job, reader)
         with _aside(destination) as partial:
             job.save_files(partial)
-            writer = ShardWriter(partial, max_shard_size or reader.largest_file)
+            writer = ShardWriter(partial, max_shard_size or min(reader.largest_file, LARGEST_FILE))
             for unit in units:
                 report(reader.bytes_read, reader.total_bytes, f"Converting {reader.paths[unit.position[0]].name}")
-                writer.write(unit.run(reader.read, job))
+                if writer.write(unit.run(reader.read, job)):
+                    reader.close()  # with it go the pages of its file
             writer.finish()
             report(reader.total_bytes, reader.total_bytes, "Done")
     return type(job.target).__name__
