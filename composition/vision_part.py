@@ -138,7 +138,8 @@ def fuse_towers(towers: list[nn.Module], specs: list[dict], layers: list, vision
     )
     with torch.device("meta"):
         fused = FusedVisionTowers(config)
-    fused.towers = nn.ModuleList(towers)
+    for index, tower in enumerate(towers):
+        fused.towers[index] = tower
     return fused.eval()
 
 

@@ -11,6 +11,8 @@ processor makes (`processing/fused_image_processor.py`). Their features are join
   "Eyes Wide Shut?").
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -20,6 +22,42 @@ from transformers.modeling_outputs import BaseModelOutput
 from ..configuration.fused_vision_towers_config import FusedVisionTowersConfig
 from ..configuration.image_tokens import Grid, image_grid
 from .vision_towers import build_vision_tower, call_vision_tower, graph_if_trained, read_features
+
+
+class TowerList(PreTrainedModel):
+    """The towers under `0`, `1`, …
+
+    A model, and no plain list: transformers gathers from models that are direct children what it has to know of them
+    (what stays in fp32, what is not split over devices, tied weights, plans for several devices).
+    """
+
+    config_class = FusedVisionTowersConfig
+    base_model_prefix = ""
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: FusedVisionTowersConfig):
+        super().__init__(config)
+        for index, tower in enumerate(config.towers):
+            self.add_module(str(index), build_vision_tower(tower))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing here is ours; the towers initialise themselves."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return self.children()
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __getitem__(self, index: int) -> nn.Module:
+        return list(self.children())[index]
+
+    def __setitem__(self, index: int, tower: nn.Module) -> None:
+        setattr(self, str(range(len(self))[index]), tower)
 
 
 class FusedVisionTowers(PreTrainedModel):
@@ -37,7 +75,7 @@ class FusedVisionTowers(PreTrainedModel):
 
     def __init__(self, config: FusedVisionTowersConfig):
         super().__init__(config)
-        self.towers = nn.ModuleList(build_vision_tower(tower) for tower in config.towers)
+        self.towers = TowerList(config)
         self.supports_gradient_checkpointing = any(tower.supports_gradient_checkpointing for tower in self.towers)
         self._supports_attention_backend = all(tower._supports_attention_backend for tower in self.towers)
         self._supports_sdpa = all(tower._supports_sdpa for tower in self.towers)

@@ -205,6 +205,17 @@ def test_image_processor_is_saved_as_it_is(tmp_path):
         assert found.to_dict() == processor.image_processor.to_dict()
 
 
+def test_transformers_knows_what_it_knows_of_each_tower():
+    """Layers that are not split over devices, and modules that stay in fp32, are gathered from model to model."""
+    parts = towers()
+    layers = {"Dinov2Layer", "SiglipEncoderLayer"}
+    model, _ = compose(tuple(parts))
+    assert layers <= {type(module).__name__ for module in model.vision_tower.modules()}
+    assert layers <= model._no_split_modules
+    second = model.vision_tower.towers[-1]
+    assert second is parts[1] and len(model.vision_tower.towers) == 2
+
+
 def test_attention_of_each_tower():
     model, _ = compose(tuple(towers()))
     model.set_attn_implementation({"vision_config": {"tower_0": "eager", "tower_1": "sdpa"}})
