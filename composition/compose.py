@@ -206,9 +206,11 @@ def compose(
             fewest, most = fewest_and_most_tokens(Measured(spec, projector_config, image_views))
         _check_context(language_model, spec, fewest, most)
         embedding_width = _embedding_width(language_model)
+        keeps_features = projector_config["type"] == "identity"
         projector_config = {
             "in_features": spec["hidden_size"],
-            "out_features": embedding_width,
+            # Only a fusion takes features of the tower's own width.
+            "out_features": spec["hidden_size"] if keeps_features and fusion != "embed" else embedding_width,
             **projector_config,
         }
         check_projector_widths(projector_config)
@@ -292,19 +294,17 @@ def _match_embedding_scale(model: AnyVlmForConditionalGeneration, features: torc
         features: Of some pictures, `(num_pictures, num_features, hidden_size)`, fp32.
     """
     projector = model.multi_modal_projector
+    tokens, _ = projector.float()(features.to(model.device), tuple(model.config.vision_tower_spec["grid"]))
     rms = embedding_rms(model.language_model)
     if has_newline(model.config.image_views):
         model.image_newline.normal_(std=float(rms))
-    if projector.output_layer is None:
-        return
-    dtype = projector.output_layer.weight.dtype
-    features = features.to(projector.output_layer.weight.device)
-    tokens, _ = projector.float()(features, tuple(model.config.vision_tower_spec["grid"]))
-    scale = rms / tokens.square().mean().sqrt().clamp(min=1e-12)
-    projector.output_layer.weight.mul_(scale)
-    projector.to(dtype)
+    if projector.output_layer is not None:
+        scale = rms / tokens.square().mean().sqrt().clamp(min=1e-12)
+        projector.output_layer.weight.mul_(scale)
+        tokens = tokens * scale
+    projector.to(model.config.dtype)
     if model.fusion is not None and model.fusion.changes_embeddings:
-        _match_gathered_scale(model, tokens * scale)
+        _match_gathered_scale(model, tokens)
 
 
 def _match_gathered_scale(model: AnyVlmForConditionalGeneration, tokens: torch.Tensor) -> None:

@@ -355,12 +355,16 @@ class AnyVlmModel(FusionMixin, PreTrainedModel):
 
     def _image_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Boolean `(batch, sequence)`, true where an image token stands."""
+        return self._token_mask(self.config.image_token_id, input_ids, inputs_embeds)
+
+    def _token_mask(
+        self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Boolean `(batch, sequence)`, true where this token stands, or its embedding."""
         if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        placeholder = self.get_input_embeddings()(
-            torch.tensor([self.config.image_token_id], device=inputs_embeds.device)
-        )
-        return (inputs_embeds == placeholder.to(inputs_embeds.dtype)).all(-1)
+            return input_ids == token_id
+        embedding = self.get_input_embeddings()(torch.tensor([token_id], device=inputs_embeds.device))
+        return (inputs_embeds == embedding.to(inputs_embeds.dtype)).all(-1)
 
     def _language_model_inputs(
         self,
@@ -387,9 +391,9 @@ class AnyVlmModel(FusionMixin, PreTrainedModel):
         sequence = input_ids if inputs_embeds is None else inputs_embeds
         batch_size, sequence_length = sequence.shape[:2]
         extra, image_mask = {}, None
+        self._check_picture_states(picture_states, past_key_values, sequence)
         if self.fusion is not None and picture_states is None:
             picture_states = self._picture_states(input_ids, inputs_embeds, pictures)
-        self._check_picture_states(picture_states, past_key_values, sequence)
         if picture_states is not None:
             if self.fusion.changes_embeddings:
                 # The placeholder is an ordinary token here, with rows of its own in every table.

@@ -137,6 +137,8 @@ class CrossAttentionFusion(nn.Module):
         every: There is a layer before each `every`-th decoder layer,
         first: from this one on.
         see: `"latest"`: each token of the text sees the picture that was shown last; `"all"`: all that were shown.
+        forget_after: A token, such as the end of a text, after which the pictures shown so far are not seen any more
+            (Idefics, whose training texts were packed). What is generated sees what the prompt's last token saw.
         head_dim, image_norm, qk_norm, attention_dropout: See `PictureAttention`.
         mlp: `"plain"` or `"gated"` (GLU); `intermediate_size` wide, by default `mlp_ratio * hidden_size`.
         mlp_everywhere: The MLP also runs on tokens that see no picture (Idefics). By default text without pictures is
@@ -159,6 +161,7 @@ class CrossAttentionFusion(nn.Module):
         every: int = 4,
         first: int = 0,
         see: str = "latest",
+        forget_after: int | None = None,
         **layer,
     ):
         super().__init__()
@@ -170,6 +173,7 @@ class CrossAttentionFusion(nn.Module):
                 f"first from 0 to {num_decoder_layers - 1}."
             )
         self.decoder_layers, self.num_decoder_layers, self.see = decoder_layers, num_decoder_layers, see
+        self.forget_after = forget_after
         #: Number of a decoder layer -> number of the cross-attention layer before it.
         self.places = {number: index for index, number in enumerate(range(first, num_decoder_layers, every))}
         self.layers = nn.ModuleList(

@@ -85,7 +85,9 @@ class FusionMixin:
         pictures: list[torch.Tensor],
     ) -> PictureStates | None:
         if pictures:
-            return PictureStates.from_pictures(pictures, self._image_mask(input_ids, inputs_embeds))
+            end = self.fusion.forget_after
+            ends = None if end is None else self._token_mask(end, input_ids, inputs_embeds)
+            return PictureStates.from_pictures(pictures, self._image_mask(input_ids, inputs_embeds), ends)
         self._refuse_missing_pictures(input_ids)
         if self.fusion.needs_pictures:
             return None
@@ -104,7 +106,7 @@ class FusionMixin:
         with fusing:
             outputs = language_model(**arguments, return_dict=True)
         cache = outputs.get("past_key_values")
-        if picture_states is not None and isinstance(cache, Cache):
+        if picture_states is not None and picture_states.tokens.shape[1] and isinstance(cache, Cache):
             cache.follows_pictures = True
         return outputs
 

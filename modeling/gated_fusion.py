@@ -31,6 +31,7 @@ class GatedFusion(nn.Module):
     #: The language model's input is changed, so it is given embeddings.
     changes_embeddings = True
     needs_pictures = True
+    forget_after = None
 
     def __init__(
         self,

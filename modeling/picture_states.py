@@ -32,12 +32,15 @@ class PictureStates:
         self.keys_values = {} if keys_values is None else keys_values
 
     @classmethod
-    def from_pictures(cls, pictures: list[torch.Tensor], image_mask: torch.Tensor) -> "PictureStates":
+    def from_pictures(
+        cls, pictures: list[torch.Tensor], image_mask: torch.Tensor, ends: torch.Tensor | None = None
+    ) -> "PictureStates":
         """Give each sample its pictures, by the placeholders in its text.
 
         Args:
             pictures: The tokens `(num_tokens, width)` of each picture of the batch, in order; at least one picture.
             image_mask: Boolean `(batch, sequence)`, true at each picture's placeholder.
+            ends: Boolean `(batch, sequence)`, true at tokens after which no picture is seen until the next one.
 
         Raises:
             ValueError: more or fewer pictures than placeholders.
@@ -55,11 +58,14 @@ class PictureStates:
             samples.append(torch.cat(own) if own else pictures[0][:0])
             lengths = torch.tensor([len(picture) for picture in own], dtype=torch.long, device=image_mask.device)
             numbers.append(torch.arange(1, count + 1, device=image_mask.device).repeat_interleave(lengths))
-        return cls(
-            pad_sequence(samples, batch_first=True),
-            pad_sequence(numbers, batch_first=True),
-            image_mask.long().cumsum(1),
-        )
+        shown = image_mask.long().cumsum(1)
+        if ends is not None:
+            position = torch.arange(1, image_mask.shape[1] + 1, device=image_mask.device).expand_as(shown)
+            last_picture = (position * image_mask).cummax(1).values
+            last_end = (position * ends).cummax(1).values.roll(1, dims=1)  # of those before the token
+            last_end[:, 0] = 0
+            shown = shown.masked_fill(last_end >= last_picture, 0)
+        return cls(pad_sequence(samples, batch_first=True), pad_sequence(numbers, batch_first=True), shown)
 
     @classmethod
     def without_pictures(cls, text: torch.Tensor, width: int) -> "PictureStates":

@@ -33,7 +33,7 @@ class LinearProjector(nn.Module):
 
 class IdentityProjector(nn.Module):
     """No projector, for towers that give tokens of the language model's width themselves (Qwen2-VL, Wang et al. 2024, whose
-    tower ends in a merger of patches)."""
+    tower ends in a merger of patches), or for a fusion that maps features itself (Idefics)."""
 
     output_layer = None
 

@@ -11,6 +11,7 @@ from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 from ...configuration.image_views import has_several_views
 from ...processing.processing_anyvlm import AnyVlmProcessor
 from ..errors import CompositionError
+from .family import NativeFamily
 
 
 #: Largest difference of logits between a native model and ours; in 16-bit dtypes, so many steps of rounding.
@@ -68,7 +69,11 @@ def _without_torchvision(
 
 
 def compare_on_a_sample(
-    native: PreTrainedModel, native_processor: ProcessorMixin, ours: PreTrainedModel, processor: AnyVlmProcessor
+    family: NativeFamily,
+    native: PreTrainedModel,
+    native_processor: ProcessorMixin,
+    ours: PreTrainedModel,
+    processor: AnyVlmProcessor,
 ) -> float:
     """The largest difference of their logits, each with the inputs that its own processor makes.
 
@@ -77,8 +82,9 @@ def compare_on_a_sample(
     """
     native_processor, picture = _without_torchvision(native_processor, processor)
     names = f"{type(native).__name__} and {type(ours).__name__}"
-    text = prompt(native_processor, 1, placeholders=not processor.pictures_first)
-    native_inputs = native_processor(text=[text], images=[picture], return_tensors="pt")
+    writer = processor if native_processor.chat_template is None else native_processor
+    text = prompt(writer, 1, placeholders=not processor.pictures_first)
+    native_inputs = family.call_processor(native_processor, [text], [picture], return_tensors="pt")
     inputs = processor(text=[text], images=[picture], return_tensors="pt")
     if not torch.equal(native_inputs["input_ids"], inputs["input_ids"]):
         raise CompositionError(

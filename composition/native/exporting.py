@@ -118,7 +118,7 @@ def _as_native(
         return native.eval(), None
     native_processor = processor_to_native(family, processor, native_config, model.config)
     try:
-        compare_on_a_sample(native, native_processor, model, processor)
+        compare_on_a_sample(family, native, native_processor, model, processor)
     except CompositionError:
         raise
     except Exception as error:  # noqa: BLE001 - as above

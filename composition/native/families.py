@@ -27,6 +27,7 @@ _MODULES = (
     "paligemma",
     "qwen2_vl",
     "lighton_ocr",
+    "idefics",
 )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from transformers import PreTrainedConfig, ProcessorMixin
+from transformers import BatchFeature, PreTrainedConfig, ProcessorMixin
 
 from ...configuration.configuration_anyvlm import AnyVlmConfig
 from ...processing.processing_anyvlm import AnyVlmProcessor
@@ -27,8 +27,9 @@ class NativeFamily:
         model_class: Name of its class in transformers, the one with a language modeling head.
         processor_class: Name of its processor's class.
         read_config: Native config -> arguments of `AnyVlmConfig`: `vision_config`, `text_config`, `projector_config`
-            (widths may be left out), `image_token_id` and whatever else is not the default. Not the two specs, which are
-            measured. Beside them `image_size` `(height, width)`, where the processor's pictures do not tell.
+            (widths may be left out), `image_token_id` (unless only the processor knows it) and whatever else is not the
+            default. Not the two specs, which are measured. Beside them `image_size` `(height, width)`, where the
+            processor's pictures do not tell.
         write_config: Our config -> native config. Raises `Misfit` with the reason where the native class cannot be it.
         rules: Native config -> the rules for keys, see `keys.py`, those of the language model apart.
         read_processor: `(native processor, our config) -> arguments of AnyVlmProcessor` beyond image processor,
@@ -37,6 +38,8 @@ class NativeFamily:
         read_views: `(native config, native processor) -> image_views`, where the processor decides how pictures are cut.
         adjust_spec: `(native config, measured vision_tower_spec) -> vision_tower_spec`, where the native class reads
             the tower otherwise than the probe would (a quirk: say why).
+        call_processor: `(native processor, texts, pictures, **settings) -> inputs`, where it is not called with `text` and
+            `images`: a list of pictures for each text, or one picture for each. The texts are as our processor takes them.
         is_family_of: `native config -> bool`, where models of one `model_type` have several processors; asked of the
             families in their order.
         base_prefix, head_prefix: Where the native model has the language model's base and its head.
@@ -56,6 +59,9 @@ class NativeFamily:
     write_processor: Callable[[AnyVlmProcessor, PreTrainedConfig, AnyVlmConfig], dict[str, Any]]
     read_views: Callable[[PreTrainedConfig, ProcessorMixin], dict | None] | None = None
     adjust_spec: Callable[[PreTrainedConfig, dict[str, Any]], dict[str, Any]] = lambda native_config, spec: spec
+    call_processor: Callable[..., BatchFeature] = lambda processor, texts, pictures, **settings: processor(
+        text=texts, images=pictures, **settings
+    )
     is_family_of: Callable[[PreTrainedConfig], bool] = lambda native_config: True
     base_prefix: str = "model.language_model."
     head_prefix: str = "lm_head."

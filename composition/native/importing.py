@@ -79,7 +79,7 @@ def from_native(
     put_weights(ours, tensors, type(ours).__name__)
     ours.learn_about_language_model(probe_generation(ours))
     our_processor = processor_from_native(family, processor, config)
-    compare_on_a_sample(model, processor, ours.eval(), our_processor)
+    compare_on_a_sample(family, model, processor, ours.eval(), our_processor)
     return ours, our_processor
 
 
@@ -88,11 +88,12 @@ def read_pieces(
 ) -> dict[str, Any]:
     """What the family reads from the native config and processor, the parts' configs as the native model has them."""
     pieces = family.read_config(native_config)
+    pieces.setdefault("image_token_id", getattr(processor, "image_token_id", None))
     if family.read_views is not None:
         pieces["image_views"] = family.read_views(native_config, processor)
     for key in ("vision_config", "text_config"):
         # Attention is computed as in the native model.
-        pieces[key]._attn_implementation = getattr(native_config, key)._attn_implementation
+        pieces[key]._attn_implementation = getattr(native_config, key, native_config)._attn_implementation
         pieces[key].dtype = dtype
     if family.plain_logits:
         remove_scales(pieces["text_config"])
@@ -141,6 +142,7 @@ def processor_from_native(family: NativeFamily, processor: ProcessorMixin, confi
         "vision_tower_spec": config.vision_tower_spec,
         "projector_config": config.projector_config,
         "image_views": config.image_views,
+        "fusion": config.fusion,
         **family.read_processor(processor, config),
     }
     return AnyVlmProcessor(**arguments)

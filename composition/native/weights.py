@@ -76,11 +76,16 @@ def translate(source: nn.Module, rules: Sequence[Rule], direction: str) -> Trans
     """
     tensors = source.state_dict(keep_vars=True)
     weights: dict[str, torch.Tensor] = {}
+    rearranged: dict[tuple[int, ...], list[torch.Tensor]] = {}
     for step in plan(rules, tensors, direction):
         made = step.run(tensors)
         if step.function is not None:
             trained = any(tensors[key].requires_grad for key in step.sources)
             made = {key: nn.Parameter(tensor, requires_grad=trained) for key, tensor in made.items()}
+            # Tied weights stay tied: the same tensors, arranged alike, are made once.
+            known = rearranged.setdefault(tuple(id(tensors[key]) for key in step.sources), list(made.values()))
+            if len(known) == len(made) and all(map(_same, known, made.values())):
+                made = dict(zip(made, known))
         weights.update(made)
     rest = {name: buffer for name, buffer in source.named_buffers() if name not in tensors}
     computed: dict[str, torch.Tensor] = {}
@@ -88,6 +93,10 @@ def translate(source: nn.Module, rules: Sequence[Rule], direction: str) -> Trans
         if step.function is None:
             computed.update(step.run(rest))
     return Translated(weights, computed)
+
+
+def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return first.shape == second.shape and (first.is_meta or torch.equal(first, second))
 
 
 def put_weights(target: nn.Module, given: Translated, name: str) -> None:
