@@ -1,5 +1,6 @@
 """Which parts of a picture become views: as in transformers' own processors, for pictures of any size."""
 
+import inspect
 from types import MethodType, SimpleNamespace
 
 import numpy as np
@@ -135,15 +136,18 @@ def test_canvas_tiles_are_those_of_perception_lm(most):
 )
 def test_slices_are_those_of_minicpmv(area_edge, most, mode):
     native = MiniCPMV4_6ImageProcessorPil()
+    modes = [mode] if "downsample_mode" in inspect.signature(native.find_best_resize).parameters else []
+    if mode == "4x" and not modes:
+        pytest.skip("this version of transformers knows only the mode 16x")
     unit = 14 * {"16x": 4, "4x": 2}[mode]
     views = {"type": "slices", "slice_size": area_edge, "unit": unit, "max_slices": most}
     for size in SIZES:
         plan = plan_views(views, *size)
         grid = native.get_sliced_grid(size, most, area_edge)
-        sizes = [native.find_best_resize(size, area_edge, 14, mode, allow_upscale=grid is None)]
+        sizes = [native.find_best_resize(size, area_edge, 14, *modes, allow_upscale=grid is None)]
         if grid is not None:
             assert [plan.rows, plan.columns] == grid, size
-            height, width = native.get_refine_size(size, grid, area_edge, 14, mode, allow_upscale=True)
+            height, width = native.get_refine_size(size, grid, area_edge, 14, *modes, allow_upscale=True)
             sizes += [(height // grid[0], width // grid[1])] * (grid[0] * grid[1])
         assert [view.size for view in plan.views] == sizes, size
 
