@@ -60,15 +60,17 @@ def vision_tower_class(vision_config: PreTrainedConfig) -> type[PreTrainedModel]
         module = importlib.import_module(module_name)
     except ImportError:
         return None
-    candidates = [
+    towers = [
         value
         for value in vars(module).values()
         if inspect.isclass(value)
         and issubclass(value, PreTrainedModel)
-        and value.config_class is type(vision_config)
         and picture_kinds(inspect.signature(value.forward).parameters)
     ]
-    return candidates[0] if candidates else None
+    stated = [tower for tower in towers if tower.config_class is type(vision_config)]
+    # In transformers 5.20 the tower of got_ocr2 names the type of its config only where it takes one.
+    built_from = [tower for tower in towers if tower.__init__.__annotations__.get("config") is type(vision_config)]
+    return next(iter(stated or built_from), None)
 
 
 def build_vision_tower(vision_config: PreTrainedConfig) -> nn.Module:

@@ -17,6 +17,9 @@ from .projector_arguments import same_projector
 
 _PROJECTOR = {"type": "conv", "num_convs": 2}
 
+#: Tokens that the native processor writes for a view unless told otherwise.
+_TOKENS = 256
+
 
 def _read_config(native: GotOcr2Config) -> dict[str, Any]:
     return {
@@ -59,9 +62,11 @@ def _tokens_per_view(config: AnyVlmConfig) -> int:
 
 def _read_processor(native: ProcessorMixin, config: AnyVlmConfig) -> dict[str, Any]:
     """Cutting a page into tiles is asked for with each call there; what it does unasked is one view."""
-    if native.num_image_tokens != _tokens_per_view(config):
+    # In transformers 5.20 the number is a default of its call and no attribute.
+    written = getattr(native, "num_image_tokens", _TOKENS)
+    if written != _tokens_per_view(config):
         raise CompositionError(
-            f"The processor writes {native.num_image_tokens} tokens for a view, of which the model makes "
+            f"The processor writes {written} tokens for a view, of which the model makes "
             f"{_tokens_per_view(config)}. Set processor.num_image_tokens."
         )
     return {"image_processor": for_cut_views(native.image_processor), "image_token": native.image_token}
@@ -70,7 +75,7 @@ def _read_processor(native: ProcessorMixin, config: AnyVlmConfig) -> dict[str, A
 def _write_processor(processor: AnyVlmProcessor, native: GotOcr2Config, config: AnyVlmConfig) -> dict[str, Any]:
     require_text(processor, {}, processor.image_token == "<imgpad>")
     tokens = _tokens_per_view(config)
-    require((tokens == 256, f"its processor writes 256 tokens for a view, not {tokens}"))
+    require((tokens == _TOKENS, f"its processor writes {_TOKENS} tokens for a view, not {tokens}"))
     return {"image_processor": for_whole_pictures(processor, False)}
 
 
