@@ -104,6 +104,24 @@ class TestWhatIsSeen:
         assert torch.equal(seen(model, padding, **extra), expected(image_attention))
 
     @pytest.mark.parametrize("image_attention", ["bidirectional", "prefix"])
+    def test_is_the_same_with_flex_attention_and_in_training(self, image_attention):
+        model, _ = composed("gemma3_text", image_attention, sliding_window=WINDOW)
+        inputs = inputs_of(model)
+        labels = inputs["input_ids"].clone()
+        labels[:, :-ANSWER] = -100
+        with torch.no_grad():
+            expected = model(**inputs, labels=labels).loss
+        model.gradient_checkpointing_enable()
+        model.train()
+        loss = model(**inputs, labels=labels).loss
+        loss.backward()
+        torch.testing.assert_close(loss.detach(), expected)
+        assert all(p.grad is not None for p in model.language_model.base_model.layers.parameters())
+        model.eval().set_attn_implementation({"text_config": "flex_attention"})
+        with torch.no_grad():
+            torch.testing.assert_close(model(**inputs, labels=labels).loss, expected)
+
+    @pytest.mark.parametrize("image_attention", ["bidirectional", "prefix"])
     @pytest.mark.parametrize(
         ("text", "settings"),
         [("mixtral", {}), ("gemma3_text", {"layer_types": ["sliding_attention"]})],
