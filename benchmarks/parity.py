@@ -5,6 +5,7 @@
 `benchmarks/README.md` says what is measured, how, and how to read the numbers.
 """
 
+import gc
 import json
 import platform
 from dataclasses import asdict, replace
@@ -17,6 +18,7 @@ import transformers
 import typer
 from costs import Setting, compare_inference, compare_memory, compare_training
 from equality import check_equality
+from family_costs import COSTS, QUICK_SCALE, TARGET, Scale, compare_family, family_cases
 from llava_pair import QUICK_SIZES, Sizes, build_ours, build_pair, compose_ours
 from measure import CLOCKS, WARMUP_PAIRS
 from rich import box
@@ -80,6 +82,16 @@ def main(
     untied: Annotated[bool, typer.Option("--untied", help="Embeddings and head are two matrices.")] = False,
     vocab_size: Annotated[int, typer.Option(help="Vocabulary for equality, prefill and decoding.")] = 32_000,
     training_vocab_size: Annotated[int, typer.Option(help="Vocabulary for the training step.")] = 151_000,
+    families: Annotated[
+        bool, typer.Option("--families", help="Every native family beside its own class, in place of LLaVA's parts.")
+    ] = False,
+    family: Annotated[
+        list[str] | None, typer.Option(help="With --families: this model type alone; may be given several times.")
+    ] = None,
+    family_width: Annotated[int, typer.Option(min=1, help="Widths of the tests' tiny models, times this.")] = (
+        Scale.width
+    ),
+    family_depth: Annotated[int, typer.Option(min=1, help="Their numbers of layers, times this.")] = Scale.depth,
     seed: Annotated[int, typer.Option(help="For weights and inputs.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Write everything that was measured to this JSON file.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Exit with 1 if a target or an equality is missed.")] = False,
@@ -99,6 +111,7 @@ def main(
       python benchmarks/parity.py --only decoding --pairs 50
       python benchmarks/parity.py --only training --only memory --batch-size 8
       python benchmarks/parity.py --device cuda --dtype bfloat16 --hidden-size 2048 --num-layers 24
+      python benchmarks/parity.py --families --pairs 10
     """
     console = Console()
     transformers.logging.set_verbosity_error()
@@ -126,6 +139,13 @@ def main(
     if quick:
         sizes, vocab_size, training_vocab_size, pairs, training_pairs = QUICK_SIZES, 512, 2048, 3, 3
     setting = Setting(torch.device(device), getattr(torch, Precision(dtype).value), seed, CLOCKS[Clock(clock).value])
+    if family and not families:
+        raise typer.BadParameter("goes with --families.", param_hint="family")
+    if families:
+        scale = QUICK_SCALE if quick else Scale(width=family_width, depth=family_depth)
+        measured_in = environment(setting, Clock(clock).value)
+        _compare_families(family, scale, setting, 3 if quick else pairs, measured_in, output, check)
+        return
     report = {
         "environment": environment(setting, Clock(clock).value),
         "sizes": asdict(sizes) | {"image_tokens": sizes.image_tokens},
@@ -174,6 +194,54 @@ def main(
         raise typer.Exit(1)
 
 
+def _compare_families(
+    names: list[str] | None,
+    scale: Scale,
+    setting: Setting,
+    pairs: int,
+    environment: dict,
+    output: Path | None,
+    check: bool,
+) -> None:
+    console = Console()
+    try:
+        cases = family_cases(names)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="family") from error
+    report = {"environment": environment, "scale": asdict(scale), "families": {}}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        for name, case in cases.items():
+            task = progress.add_task(name, total=len(COSTS) * (pairs + WARMUP_PAIRS))
+            report["families"][name] = compare_family(
+                case, scale, setting, pairs, lambda task=task: progress.advance(task)
+            )
+            gc.collect()
+    report["passed"] = all(line["passed"] for lines in report["families"].values() for line in lines)
+    for part in (environment, report["scale"]):
+        console.print(", ".join(f"{name} [bold]{value}[/bold]" for name, value in part.items()))
+    table = Table("anyvlm / native class", *COSTS, box=box.SIMPLE_HEAD)
+    for name, lines in report["families"].items():
+        table.add_row(name, *(f"{_with_quartiles(line)} {_verdict(line)}" for line in lines))
+    console.print(table)
+    console.print(
+        f"Target: ≤ {TARGET}. ?: the 95 % interval of the median ratio holds it, so more pairs are needed to tell."
+    )
+    if scale == QUICK_SCALE:
+        console.print("[dim]The target is meant for the default sizes; a toy model is all overhead.[/dim]")
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        console.print(f"Written to {output}.")
+    if check and not report["passed"]:
+        raise typer.Exit(1)
+
+
+def _with_quartiles(line: dict) -> str:
+    quartiles = "" if "quartiles" not in line else " ({:.3f}-{:.3f})".format(*line["quartiles"])
+    return f"{line.get('ratio', line.get('median')):.3f}{quartiles}"
+
+
 def environment(setting: Setting, clock: str) -> dict:
     """What the numbers depend on beside the sizes."""
     device = setting.device
@@ -216,12 +284,11 @@ def show(report: dict, console: Console) -> None:
     if report["costs"]:
         table = Table("cost", "anyvlm", "LLaVA", "ratio (quartiles)", "target", "", box=box.SIMPLE_HEAD)
         for line in report["costs"]:
-            quartiles = "" if "quartiles" not in line else " ({:.3f}-{:.3f})".format(*line["quartiles"])
             table.add_row(
                 line["name"],
                 _quantity(line["ours"], line["unit"]),
                 _quantity(line["native"], line["unit"]),
-                f"{line['ratio']:.3f}{quartiles}",
+                _with_quartiles(line),
                 "" if line["target"] is None else f"≤ {line['target']}",
                 _verdict(line),
             )
