@@ -18,9 +18,9 @@ import anyvlm
 
 from ..composition.compose import embedding_rms
 from ..composition.parts import load_language_model
-from ..modeling.base_model import AnyVlmImageFeatures
 from ..modeling.cross_attention import TanhGate
 from ..modeling.gated_fusion import GatedFusion
+from ..modeling.image_features import AnyVlmImageFeatures
 from .bare_language_model import bare_cache_works, bare_padding_works
 from .tiny_tokenizer import make_sensitive, tiny_tokenizer
 

@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from ..modeling.base_model import AnyVlmImageFeatures
+from ..modeling.image_features import AnyVlmImageFeatures
 from .errors import CompositionError
 from .language_model_probe import plain_words, relative_error, rounding
 from .running import in_mode
