@@ -39,11 +39,9 @@ def test_report(tmp_path):
     app = typer.Typer()
     app.command()(parity.main)
     output = tmp_path / "families.json"
-    result = CliRunner().invoke(
-        app, ["--families", "--quick", "--family", "llava", "--family", "gemma3", "--output", str(output)]
-    )
+    result = CliRunner().invoke(app, ["--families", "--quick", "--family", "llava", "--output", str(output)])
     assert result.exit_code == 0, result.output
-    assert "gemma3" in result.output and "llava" in result.output
+    assert "llava" in result.output
     report = json.loads(output.read_text())
     assert report["scale"]["width"] == QUICK_SCALE.width
     for lines in report["families"].values():
