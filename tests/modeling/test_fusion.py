@@ -386,10 +386,10 @@ def test_training_makes_pictures_count(fusion):
             gates = [p.grad.abs().sum() for name, p in model.fusion.named_parameters() if "gate." in name]
             assert gates and all(gradient > 0 for gradient in gates)
         optimizer.step()
-    assert loss < 1 < first
+    assert 3 * loss < first
     with torch.no_grad():
         swapped = model(**{**batch, "pixel_values": batch["pixel_values"].flip(0)}, labels=labels).loss
-    assert swapped > loss + 2
+    assert swapped > loss + 1
 
 
 @pytest.mark.parametrize("fusion", ["cross_attention", "gated"])
@@ -453,11 +453,14 @@ def test_any_views_and_projector(fusion, arguments, tmp_path):
 
 
 @pytest.mark.parametrize("fusion", ["cross_attention", "gated"])
-def test_frames_of_a_video_are_pictures(fusion):
+def test_a_video_is_seen_as_a_picture_is(fusion):
+    """It has one token in the text; another frame changes what comes after it."""
     tester = ComposedModelTester(fusion=fusion)
-    frames = [picture(seed) for seed in range(3)]
-    video = tester.processor(text=["w1 <video> w2"], videos=[frames], return_tensors="pt")
-    pictures = tester.inputs(["w1 <image><image><image> w2"], [frames])
-    assert torch.equal(video["input_ids"], pictures["input_ids"])
-    assert torch.isfinite(tester.logits(video)).all()
-    assert torch.equal(tester.generate(video), tester.generate(video, use_cache=False))
+    videos = [[picture(seed) for seed in seeds] for seeds in ((0, 1, 2), (0, 3, 2))]
+    first, second = (
+        tester.processor(text=["w1 w2 <video> w3"], videos=[frames], return_tensors="pt") for frames in videos
+    )
+    assert first["input_ids"].shape == (1, 4)
+    change = (tester.logits(first) - tester.logits(second))[0].abs().amax(-1)
+    assert change[:2].max() < 1e-5 and change[2:].min() > 1e-3
+    assert torch.equal(tester.generate(first), tester.generate(first, use_cache=False))
