@@ -44,7 +44,7 @@ def to_native(
     reasons = []
     for family in families_for(model.config):
         try:
-            return _as_native(family, model, processor)
+            return as_native(family, model, processor)
         except CompositionError as error:
             reasons.append(f"{family.model_class}: {error}")
     raise no_family(reasons)
@@ -101,9 +101,14 @@ def build_native(
         raise Misfit(f"it cannot be built from these parts ({type(error).__name__}: {error})") from error
 
 
-def _as_native(
+def as_native(
     family: NativeFamily, model: AnyVlmForConditionalGeneration, processor: AnyVlmProcessor | None
 ) -> tuple[PreTrainedModel, ProcessorMixin | None]:
+    """`to_native` for one family.
+
+    Raises:
+        CompositionError: its class cannot hold the model.
+    """
     native_config = native_config_of(family, model)
     require_plain_logits(family, model.language_model)
     native = build_native(

@@ -17,6 +17,7 @@ from .exporting import build_native, families_for, native_config_of, no_family, 
 from .family import NativeFamily
 from .keys import NATIVE
 from .logits import are_plain
+from .small_proof import prove_on_small_copy
 from .weights import language_model_rules, put_weights, translate
 
 
@@ -76,7 +77,7 @@ def measure_language_model(
 def choose_family(model: PreTrainedModel) -> tuple[NativeFamily, PreTrainedModel]:
     """The first native class that can hold a model of ours without weights, and that class's model, likewise.
 
-    By the family's conditions, by every key, and by what a small copy of the language model does with its logits.
+    By the family's conditions, by every key, and by what small copies compute.
 
     Raises:
         CompositionError: there is none; the message says of each why.
@@ -86,13 +87,14 @@ def choose_family(model: PreTrainedModel) -> tuple[NativeFamily, PreTrainedModel
         try:
             native_config = native_config_of(family, model)
             open_part("text", model.config.text_config, None, False).examine(
-                lambda language_model, family=family: require_plain_logits(family, language_model)
+                lambda language_model, family=family: require_plain_logits(family, language_model) or True
             )
             native = build_native(
                 family, native_config, lambda native_class, config=native_config: build_on_meta(native_class, config)
             )
             rules = [*family.rules(native_config), *language_model_rules(family, model.language_model)]
             put_weights(native, translate(model, rules, NATIVE), family.model_class)
+            prove_on_small_copy(family, model)
             return family, native
         except CompositionError as error:
             reasons.append(f"{family.model_class}: {error}")

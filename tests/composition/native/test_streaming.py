@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_parts import compose, make_sensitive
 from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
@@ -26,6 +27,7 @@ from anyvlm.compatibility.native_cases import NativeCase, native_cases
 from anyvlm.compatibility.native_cases.llava import TEXT, VISION, _processor
 from anyvlm.compatibility.native_checks import build_native, case_chats
 from anyvlm.composition.native import family_of
+from anyvlm.composition.native.equality import compare_on_a_sample
 from anyvlm.composition.native.streaming import convert_checkpoint
 from anyvlm.publishing.fresh_process import run_in_fresh_process
 
@@ -214,6 +216,7 @@ from pathlib import Path
 from transformers.utils import logging
 logging.set_verbosity_error()
 from anyvlm.composition.native import family_of
+from anyvlm.composition.native.equality import compare_on_a_sample
 from anyvlm.composition.native.streaming import convert_checkpoint
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 convert_checkpoint(sys.argv[1], sys.argv[1] + "-warm")
@@ -239,3 +242,31 @@ def test_memory_is_that_of_one_file_and_not_of_the_model(source, tmp_path):
     command = [sys.executable, "-c", _MEASURE, source[2], tmp_path / "large", tmp_path / "one-file"]
     output = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(output.stdout.split()[-1]) < 4 * max(files)
+
+
+@pytest.mark.parametrize(
+    ("vision", "text", "settings", "refusal"),
+    [
+        ("clip_vision_model", "llama", {"vision_feature_layer": -2}, None),
+        ("clip_vision_model", "mixtral", {"vision_feature_layer": [-2, -1], "image_token": "w7"}, None),
+        ("dinov2", "qwen2", {"vision_feature_layer": 1, "image_size": 48}, None),
+        ("siglip_vision_model", "llama", {"vision_feature_select_strategy": "full"}, "small copies differ by"),
+        ("clip_vision_model", "gemma2", {}, "does not scale or cap logits"),
+        ("dinov2_with_registers", "llama", {}, r"not \(3, 0\)"),
+    ],
+)
+def test_a_composed_checkpoint_becomes_native_or_is_refused_without_loading_it(
+    vision, text, settings, refusal, tmp_path
+):
+    model, processor = compose(vision, text, **settings)
+    make_sensitive(model)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "ours")
+    if refusal:
+        with pytest.raises(CompositionError, match=f"LlavaForConditionalGeneration: [^;]*{refusal}"):
+            convert_checkpoint(tmp_path / "ours", tmp_path / "native", to_native=True)
+        assert not (tmp_path / "native").exists()
+        return
+    convert_checkpoint(tmp_path / "ours", tmp_path / "native", to_native=True)
+    native = LlavaForConditionalGeneration.from_pretrained(tmp_path / "native").eval()
+    compare_on_a_sample(native, AutoProcessor.from_pretrained(tmp_path / "native"), model, processor)
