@@ -119,6 +119,12 @@ def _from_native(
     if native_processor is None:
         _require_packages(family)
         native_processor = AutoProcessor.from_pretrained(folder)
+        # Where the files of one are missing, transformers gives a part of it.
+        if not isinstance(native_processor, ProcessorMixin):
+            raise CompositionError(
+                f"{name} has no processor of pictures with text, but a {type(native_processor).__name__}. Put the files of "
+                f"a {family.processor_class} beside the weights (its save_pretrained writes them)."
+            )
     dtype = _dtype(native_config, reader)
     native = build_on_meta(getattr(transformers, family.model_class), native_config, dtype)
     pieces = read_pieces(family, native.config, native_processor, dtype)

@@ -84,7 +84,8 @@ def test_a_converted_checkpoint_is_what_from_native_makes_and_comes_back(case, t
         with pytest.raises(CompositionError, match=f"only where {' and '.join(missing)} are installed"):
             convert_checkpoint(folder, tmp_path / "ours")
     # Without torchvision the cases have stand-ins for what cannot be loaded.
-    loads = not missing and type(processor.image_processor).__module__.startswith("transformers.")
+    made_of = (type(processor).__module__, type(processor.image_processor).__module__)
+    loads = not missing and all(module.startswith("transformers.") for module in made_of)
     assert (
         convert_checkpoint(folder, tmp_path / "ours", processor=None if loads else processor)
         == "AnyVlmForConditionalGeneration"
@@ -178,6 +179,15 @@ def test_a_weight_that_is_left_over_or_missing_is_named_and_nothing_is_written(s
     with pytest.raises(CompositionError, match=named):
         convert_checkpoint(folder, tmp_path / "ours")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_checkpoint_without_a_processor_is_refused(tmp_path):
+    """transformers lists none for FastVLM, and gives its tokenizer where the processor's own file is missing."""
+    case = next(case for case in native_cases("llava") if case.name.startswith("fast_vlm"))
+    folder = _save(*build_native(case, seed=0, tied=False), tmp_path / "source")
+    (folder / "processor_config.json").unlink()
+    with pytest.raises(CompositionError, match="no processor of pictures with text"):
+        convert_checkpoint(folder, tmp_path / "ours")
 
 
 def test_interrupting_leaves_nothing_half_written(source, tmp_path):
