@@ -182,10 +182,12 @@ def test_a_weight_that_is_left_over_or_missing_is_named_and_nothing_is_written(s
 
 
 def test_a_checkpoint_without_a_processor_is_refused(tmp_path):
-    """transformers lists none for FastVLM, and gives its tokenizer where the processor's own file is missing."""
+    """transformers lists none for FastVLM, and gives its tokenizer where no file names one."""
     case = next(case for case in native_cases("llava") if case.name.startswith("fast_vlm"))
     folder = _save(*build_native(case, seed=0, tied=False), tmp_path / "source")
     (folder / "processor_config.json").unlink()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "processor_class": None}))
     with pytest.raises(CompositionError, match="no processor of pictures with text"):
         convert_checkpoint(folder, tmp_path / "ours")
 
