@@ -15,7 +15,7 @@ import transformers
 from costs import Setting, seconds_per_token
 from measure import alternate, ratio_of, seconds_of
 from torch import nn
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import BatchFeature, GenerationConfig, PreTrainedConfig
 
 import anyvlm
 from anyvlm.compatibility.native_cases import NativeCase, native_cases
@@ -96,13 +96,19 @@ def compare_family(
     """A line for each of `COSTS`; `tick` is called after each pair."""
     config = scaled_config(case.config(case.ties[0]), scale)
     torch.manual_seed(setting.seed)
-    native = getattr(transformers, family_of(config).model_class)._from_config(config, dtype=setting.dtype)
+    family = family_of(config)
+    native = getattr(transformers, family.model_class)._from_config(config, dtype=setting.dtype)
     native = native.to(setting.device).eval()
     native_processor = case.processor(config)
     ours, processor = anyvlm.from_native(native, native_processor)
+    # A native processor without a template is given the text that ours writes.
+    writer = processor if native_processor.chat_template is None else native_processor
+    pictures = [[sample_picture(*case.sizes[0])]]
+    native_inputs = family.call_processor(native_processor, [_text(writer, scale)], pictures, return_tensors="pt")
+    our_inputs = processor(text=[_text(processor, scale)], images=pictures, return_tensors="pt")
     inputs = {
-        id(ours): _inputs(processor, case, scale, setting),
-        id(native): case.oracle_inputs(_inputs(native_processor, case, scale, setting)),
+        id(ours): _placed(our_inputs, setting),
+        id(native): case.oracle_inputs(_placed(native_inputs, setting)),
     }
     for model in (ours, native):
         model.requires_grad_(True)
@@ -116,11 +122,14 @@ def compare_family(
     return lines
 
 
-def _inputs(processor, case: NativeCase, scale: Scale, setting: Setting) -> dict[str, torch.Tensor]:
+def _text(processor, scale: Scale) -> str:
     words = " ".join(f"w{7 * word % 80}" for word in range(scale.words))
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": words}]}]
-    text = [processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)]
-    inputs = processor(text=text, images=[[sample_picture(*case.sizes[0])]], return_tensors="pt").to(setting.device)
+    return processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+
+
+def _placed(inputs: BatchFeature, setting: Setting) -> BatchFeature:
+    inputs = inputs.to(setting.device)
     inputs["pixel_values"] = inputs["pixel_values"].to(setting.dtype)
     return inputs
 
