@@ -20,7 +20,7 @@ import anyvlm
 
 from ..composition.errors import CompositionError
 from . import tiny_configs
-from .composed_model import picture, require, set_gates
+from .model_under_test import picture, require, set_gates
 from .pair_checks import FAILS, NOT_TRIED, REFUSED, WORKS, missing_library, one_line
 from .tiny_tokenizer import make_sensitive, tiny_tokenizer
 

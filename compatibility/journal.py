@@ -25,6 +25,7 @@ MEASURED_CODE = (
     "compatibility/bare_language_model.py",
     "compatibility/combinations.py",
     "compatibility/composed_model.py",
+    "compatibility/model_under_test.py",
     "compatibility/pair_checks.py",
     "compatibility/tiny_configs.py",
     "compatibility/tiny_text_settings.py",

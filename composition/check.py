@@ -15,7 +15,7 @@ from ..configuration.configuration_anyvlm import AnyVlmConfig
 from ..configuration.image_tokens import num_tokens_of_grid
 from ..modeling.fused_vision_towers import FusedVisionTowers
 from ..modeling.projectors import build_projector
-from ..processing.processing_anyvlm import grids_of_sizes, makes_one_size
+from ..processing.prepared_views import grids_of_sizes, makes_one_size
 from .compatibility_report import CompatibilityReport
 from .compatibility_table import table_row
 from .compose import _assemble

@@ -20,7 +20,8 @@ from ..modeling.fusion import build_fusion
 from ..modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
 from ..modeling.picture_states import PictureStates
 from ..modeling.projectors import build_projector
-from ..processing.processing_anyvlm import AnyVlmProcessor, grids_of_sizes, makes_one_size
+from ..processing.prepared_views import grids_of_sizes, makes_one_size
+from ..processing.processing_anyvlm import AnyVlmProcessor
 from .chat_templates import chat_template_with_images
 from .decoder_layers import complete_fusion_config
 from .errors import CompositionError

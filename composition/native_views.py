@@ -14,7 +14,7 @@ from ..configuration.image_views import plan_views
 from ..configuration.token_grids import token_grid
 from ..modeling.picture_inputs import PICTURE_INPUTS
 from ..modeling.vision_towers import call_vision_tower, read_features
-from ..processing.processing_anyvlm import grids_of_outputs, prepare_views
+from ..processing.prepared_views import grids_of_outputs, prepare_views
 from .errors import CompositionError
 from .image_processors import plain_processor
 from .running import device_of, in_mode

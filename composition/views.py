@@ -13,7 +13,7 @@ from ..configuration.tile_layouts import TILE_LAYOUTS
 from ..configuration.token_grids import token_grid
 from ..configuration.video_frames import video_settings
 from ..modeling.picture_inputs import PICTURE_INPUTS
-from ..processing.processing_anyvlm import grids_of_outputs
+from ..processing.prepared_views import grids_of_outputs
 from .errors import CompositionError
 from .native_views import native_settings
 

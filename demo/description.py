@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..configuration.image_views import has_several_views
-from ..processing.processing_anyvlm import makes_one_size
+from ..processing.prepared_views import makes_one_size
 
 
 def describe_parts(model, processor) -> dict[str, Any]:

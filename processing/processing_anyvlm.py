@@ -4,16 +4,14 @@ import math
 import os
 import sys
 from collections.abc import Mapping
-from itertools import islice
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
 from transformers.utils import PROCESSOR_NAME
 
 from ..configuration.checkpoint_code import AUTO_MAP, write_checkpoint_code
-from ..configuration.image_tokens import image_grids, token_grid
+from ..configuration.image_tokens import token_grid
 from ..configuration.image_views import (
     check_image_views,
     depends_on_pictures,
@@ -25,15 +23,14 @@ from ..configuration.image_views import (
 )
 from ..configuration.instructions import INSTRUCTION_KEYS
 from ..configuration.video_frames import num_video_tokens, takes_clips, video_settings
-from ..modeling.picture_inputs import PICTURE_INPUTS
-from .image_outputs import image_outputs
-from .image_text import check_image_text, has_text_between_views, picture_prefix, share_boundaries
+from .image_text import check_image_text, has_text_between_views
 from .instruction_processor import InstructionProcessor
 from .media_order import in_text_order, read_videos
 from .media_views import check_grids, clips_of, picture_tokens_text, take_apart, video_tokens_text
-from .patch_cutting import cut_pictures
+from .picture_text_processor import PictureTextProcessor, VideoText
 from .pictures import to_rgb_picture
 from .pictures_first import PicturesFirstProcessor
+from .prepared_views import grids_of_outputs, grids_of_sizes, patch_keys, prepare_views
 from .prompt_form import PromptFormProcessor, check_prompt_form
 from .video import Video, sample_video
 
@@ -44,11 +41,7 @@ class AnyVlmProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": False, "padding_side": "left", "return_token_type_ids": False}}
 
 
-class _VideoText(str):
-    """What stands for a video, among the texts that stand for pictures."""
-
-
-class AnyVlmProcessor(PromptFormProcessor, PicturesFirstProcessor, InstructionProcessor):
+class AnyVlmProcessor(PromptFormProcessor, PictureTextProcessor, PicturesFirstProcessor, InstructionProcessor):
     """Text with pictures and videos to model inputs.
 
     Videos go along with pictures, as rows of them: `num_frames`, `fps` and `do_sample_frames`, as for transformers, say
@@ -114,7 +107,7 @@ class AnyVlmProcessor(PromptFormProcessor, PicturesFirstProcessor, InstructionPr
         self.pictures_first = pictures_first
         self.prompt_form = prompt_form
         self.image_views, self.image_text, self.video_frames = image_views, image_text, video_frames
-        repeated = self._repeated_token
+        repeated = self.repeated_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(repeated)
         if self.image_token_id is None or tokenizer.convert_ids_to_tokens(self.image_token_id) != repeated:
             raise ValueError(
@@ -202,73 +195,12 @@ class AnyVlmProcessor(PromptFormProcessor, PicturesFirstProcessor, InstructionPr
         texts = []
         for medium, number in zip(media, numbers):
             own = [next(grids) for _ in range(number)]
-            arguments = (self, self.image_text, self._repeated_token)
+            arguments = (self, self.image_text, self.repeated_token)
             if medium.video is None:
                 texts.append(picture_tokens_text(*arguments, medium.plan, medium.size, own))
             else:
-                texts.append(_VideoText(video_tokens_text(*arguments, medium.video, own)))
+                texts.append(VideoText(video_tokens_text(*arguments, medium.video, own)))
         return outputs, texts
-
-    @property
-    def _patch_keys(self) -> list[str]:
-        return _patch_keys(self.vision_tower_spec)
-
-    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        """What the text has in the place of picture `image_idx`: its tokens, and what is written around them."""
-        return self.picture_texts(image_inputs)[image_idx]
-
-    def picture_texts(self, image_inputs: Mapping) -> list[str]:
-        """What stands for each picture of a batch without videos."""
-        grids = grids_of_outputs(self.vision_tower_spec, image_inputs)
-        several = has_several_views(self.image_views)
-        sizes = image_inputs["original_sizes"].tolist() if several else [(1, 1)] * len(grids)
-        texts, remaining = [], iter(grids)
-        for size in sizes:
-            plan = plan_views(self.image_views, *size)
-            own = [next(remaining) for _ in plan.views]
-            texts.append(picture_tokens_text(self, self.image_text, self._repeated_token, plan, size[:2], own))
-        return texts
-
-    @property
-    def _repeated_token(self) -> str:
-        return (self.image_text or {}).get("token", self.image_token)
-
-    def get_text_with_replacements(self, text, images_replacements=(), *args, **kwargs):
-        """As the base class; pictures are numbered in each text where `image_text` says so, and videos have come with the
-        pictures."""
-        numbers = [number for sample in text for number in range(sample.count(self.image_token))]
-        videos = [replacement for replacement in images_replacements if isinstance(replacement, _VideoText)]
-        pictures = [replacement for replacement in images_replacements if not isinstance(replacement, _VideoText)]
-        pictures = [
-            picture_prefix(self.image_text, number) + replacement for number, replacement in zip(numbers, pictures)
-        ]
-        rest = iter(pictures)
-        pictures = [
-            picture
-            for sample in text
-            for picture in share_boundaries(
-                self.image_text, sample, self.image_token, list(islice(rest, sample.count(self.image_token)))
-            )
-        ]
-        return super().get_text_with_replacements(text, pictures, videos, *args[1:], **kwargs)
-
-    def _check_special_mm_tokens(self, text: list[str], text_inputs: Mapping, modalities: list[str]) -> None:
-        """As the base class, which looks for the token of the user's text; what is repeated may be another.
-
-        Raises:
-            ValueError: a text was cut off inside a picture.
-        """
-        token = self._repeated_token
-        if token == self.image_token:
-            return super()._check_special_mm_tokens(text, text_inputs, modalities)
-        written = [sample.count(token) for sample in text]
-        found = [list(ids).count(self.image_token_id) for ids in text_inputs["input_ids"]]
-        if found != written:
-            raise ValueError(
-                f"The texts have {written} image tokens, of which {found} are left after the tokenizer. Switch truncation "
-                "off or raise max_length: a picture cannot be cut off."
-            )
-        return super()._check_special_mm_tokens(text, text_inputs, [name for name in modalities if name != "image"])
 
     def _get_num_multimodal_tokens(
         self,
@@ -303,7 +235,7 @@ class AnyVlmProcessor(PromptFormProcessor, PicturesFirstProcessor, InstructionPr
         names = [name for name in self.tokenizer.model_input_names if name != "token_type_ids"]
         sizes = ["original_sizes"] if has_several_views(self.image_views) else []
         instructions = INSTRUCTION_KEYS if self.qformer_tokenizer is not None else ()
-        return [*names, "pixel_values", *self._patch_keys, *sizes, "num_video_frames", *instructions]
+        return [*names, "pixel_values", *patch_keys(self.vision_tower_spec), *sizes, "num_video_frames", *instructions]
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """Write the processor's config and, beside it, the code: `save_pretrained` and `push_to_hub` come by here."""
@@ -316,51 +248,6 @@ class AnyVlmProcessor(PromptFormProcessor, PicturesFirstProcessor, InstructionPr
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoProcessor") -> None:
         """Nothing to do: AutoProcessor calls this at every remote load, and `to_json_file` writes `auto_map`."""
-
-
-def prepare_views(
-    image_processor, views: list[Image.Image], vision_tower_spec: dict, image_views: dict | None, **kwargs
-) -> dict[str, torch.Tensor]:
-    """`pixel_values` of views, and what else the tower takes beside them."""
-    kwargs["return_tensors"] = kwargs.get("return_tensors") or "pt"
-    if has_planned_views(image_views) and image_views.get("view_size") is None:
-        kwargs["do_resize"] = False  # the views have the sizes that the tower is to see
-    if (image_views or {}).get("cut_patches"):
-        pictures = [
-            torch.as_tensor(image_outputs(image_processor, [view], **kwargs)["pixel_values"])[0] for view in views
-        ]
-        return cut_pictures(pictures, vision_tower_spec)
-    processed = image_outputs(image_processor, views, **kwargs)
-    # Image processors also return what only their own model reads (masks of padding, original sizes).
-    keys = ("pixel_values", *_patch_keys(vision_tower_spec))
-    return {key: processed[key] for key in keys if key in processed}
-
-
-def grids_of_sizes(
-    image_processor, vision_tower_spec: dict, image_sizes: list[tuple[int, int]], **kwargs
-) -> list[tuple[int, int]]:
-    """Rows and columns of features of pictures of the given `(height, width)` before processing."""
-    # Only the image processor knows to which size it brings a picture.
-    pictures = [Image.new("RGB", (width, height)) for height, width in image_sizes]
-    return grids_of_outputs(vision_tower_spec, image_outputs(image_processor, pictures, return_tensors="pt", **kwargs))
-
-
-def makes_one_size(image_processor, vision_tower_spec: dict) -> bool:
-    """Whether pictures of any size take the same tokens; else each keeps its own size or proportions."""
-    height, width = vision_tower_spec["image_size"]
-    wide, tall = grids_of_sizes(image_processor, vision_tower_spec, [(height, 4 * width), (4 * height, width)])
-    return wide == tall
-
-
-def _patch_keys(vision_tower_spec: dict) -> list[str]:
-    """What the tower takes beside patches, under the names of image processors; empty for whole pictures."""
-    return list(PICTURE_INPUTS[vision_tower_spec["inputs"]].from_processor.values())
-
-
-def grids_of_outputs(vision_tower_spec: dict, image_inputs: Mapping) -> list[tuple[int, int]]:
-    """Rows and columns of features of each picture that an image processor has made ready."""
-    outputs = {key: image_inputs[key] for key in _patch_keys(vision_tower_spec) if key in image_inputs}
-    return image_grids(vision_tower_spec, image_inputs["pixel_values"], outputs)
 
 
 def _picture_lists(images: Any) -> list:

@@ -6,7 +6,8 @@ The checks are those of the table of compatibility (`compatibility/composed_mode
 import torch
 from tiny_parts import LANGUAGE_MODELS, TOWERS, text_config, vision_config
 
-from anyvlm.compatibility.composed_model import ComposedModel, is_tied, picture
+from anyvlm.compatibility.composed_model import ComposedModel
+from anyvlm.compatibility.model_under_test import is_tied, picture
 
 
 __all__ = ["ALL_LANGUAGE_MODELS", "ALL_TOWERS", "ComposedModelTester", "is_tied", "picture"]

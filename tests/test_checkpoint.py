@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
 import anyvlm
-from anyvlm.compatibility.composed_model import set_gates
+from anyvlm.compatibility.model_under_test import set_gates
 from anyvlm.configuration.checkpoint_code import (
     AUTO_MAP,
     ENTRY_MODULE,

@@ -1,5 +1,6 @@
 """The command: which pairs, going on after a stop, the table it writes. With checks that are made up, so quick."""
 
+import ast
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from anyvlm.compatibility import run as command
-from anyvlm.compatibility.journal import MEASURED_CODE, Journal, source_hash
+from anyvlm.compatibility.journal import MEASURED_CODE, ROOT, Journal, source_hash
 from anyvlm.compatibility.pair_checks import MARKS, PairResult
 from anyvlm.compatibility.plan import measure, random_pairs, type_pairs, working_types
 from anyvlm.compatibility.table import make_table, read_table, to_markdown, write_table
@@ -17,6 +18,8 @@ from anyvlm.compatibility.table import make_table, read_table, to_markdown, writ
 
 VISION_TYPES = ["clip_vision_model", "tower_a", "tower_b", "tower_refused", "tower_absent"]
 TEXT_TYPES = ["llama", "lm_a", "lm_b", "lm_fails"]
+#: Parts of the commands that run the checks and write the tables, and measure nothing.
+WRITERS = ("combination_table", "journal", "plan", "progress", "table")
 DETAILS = {
     "tokens": 16,
     "inputs": "pixel_values",
@@ -162,6 +165,21 @@ def test_the_hash_follows_the_code(tmp_path):
     (tmp_path / "modeling" / "new.py").write_text("x = 1")
     assert source_hash(tmp_path) != before
     assert source_hash() == source_hash()
+
+
+def test_the_hash_is_of_all_that_measures():
+    """What the checks of a pair import from their own folder, and what that imports."""
+    found, remaining = set(), ["pair_checks", "combinations"]
+    while remaining:
+        name = remaining.pop()
+        found.add(name)
+        tree = ast.parse((ROOT / "compatibility" / f"{name}.py").read_text(encoding="utf-8"))
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
+        names = {node.module or alias.name for node in imports for alias in node.names}
+        remaining += names - found - set(remaining) - {*WRITERS}
+    assert {f"compatibility/{name}.py" for name in found} == {
+        name for name in MEASURED_CODE if name.startswith("compatibility/")
+    }
 
 
 def test_a_process_that_dies_is_a_result(tmp_path):

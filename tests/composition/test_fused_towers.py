@@ -22,7 +22,8 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import anyvlm
 from anyvlm.compatibility import tiny_configs
-from anyvlm.compatibility.composed_model import ComposedModel, picture
+from anyvlm.compatibility.composed_model import ComposedModel
+from anyvlm.compatibility.model_under_test import picture
 from anyvlm.modeling.vision_towers import build_vision_tower
 from anyvlm.publishing.model_card import read_parts
 

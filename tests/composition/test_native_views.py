@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoProcessor
 import anyvlm
 from anyvlm.composition.image_processors import plain_processor
 from anyvlm.configuration.image_views import num_image_tokens, plan_views
-from anyvlm.processing.processing_anyvlm import prepare_views
+from anyvlm.processing.prepared_views import prepare_views
 
 
 #: NaFlex, packed, strip and padded pictures; then those whose image processor does not take planned sizes: packed, packed

@@ -9,7 +9,7 @@ from model_tester import ComposedModelTester, picture
 from tiny_parts import compose, text_config
 from transformers import GenerationConfig
 
-from anyvlm.compatibility.composed_model import set_gates
+from anyvlm.compatibility.model_under_test import set_gates
 from anyvlm.composition.errors import CompositionError
 
 

@@ -15,7 +15,7 @@ from transformers import (
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from anyvlm.compatibility.composed_model import picture
+from anyvlm.compatibility.model_under_test import picture
 from anyvlm.modeling.image_positions import image_positions, positions_on_axes
 from anyvlm.modeling.language_models import default_position_ids
 from anyvlm.modeling.text_models import TextModelForCausalLM

@@ -9,7 +9,7 @@ from tiny_parts import compose, tiny_tokenizer
 from transformers import AutoProcessor
 
 import anyvlm
-from anyvlm.compatibility.composed_model import picture
+from anyvlm.compatibility.model_under_test import picture
 from anyvlm.training.collator import AnyVlmDataCollator
 
 

@@ -5,7 +5,7 @@ import torch
 from tiny_parts import compose
 from transformers import Blip2Processor, BlipImageProcessorPil
 
-from anyvlm.compatibility.composed_model import picture
+from anyvlm.compatibility.model_under_test import picture
 from anyvlm.processing.processing_anyvlm import AnyVlmProcessor
 from anyvlm.training.collator import AnyVlmDataCollator
 
