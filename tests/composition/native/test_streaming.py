@@ -281,4 +281,5 @@ def test_a_composed_checkpoint_becomes_native_or_is_refused_without_loading_it(
         return
     convert_checkpoint(tmp_path / "ours", tmp_path / "native", to_native=True)
     native = LlavaForConditionalGeneration.from_pretrained(tmp_path / "native").eval()
-    compare_on_a_sample(native, AutoProcessor.from_pretrained(tmp_path / "native"), model, processor)
+    native_processor = AutoProcessor.from_pretrained(tmp_path / "native")
+    compare_on_a_sample(family_of(native.config), native, native_processor, model, processor)
