@@ -121,9 +121,20 @@ ProjectorOption = Annotated[
 ViewsOption = Annotated[
     str | None,
     typer.Option(
-        help="How a picture is shown to the tower: resize, tiles or slices, or JSON, such as "
+        help="How a picture is shown to the tower: resize, tiles, slices or native, or JSON, such as "
         '\'{"type": "tiles", "layout": "dynamic", "max_tiles": 6}\'.'
     ),
+]
+FusionOption = Annotated[
+    str,
+    typer.Option(
+        help="How pictures reach the language model: embed, cross_attention or gated, or JSON, such as "
+        '\'{"type": "cross_attention", "every": 2}\'.'
+    ),
+]
+ImageAttentionOption = Annotated[
+    str,
+    typer.Option(help="What a token sees: causal, bidirectional (all of its picture) or prefix (all of the prompt)."),
 ]
 ImageSizeOption = Annotated[
     str | None,
@@ -149,12 +160,8 @@ def compose(
     vision_fusion: VisionFusionOption = VisionFusion.channel,
     projector: ProjectorOption = "mlp",
     views: ViewsOption = None,
-    image_attention: Annotated[
-        str,
-        typer.Option(
-            help="What a token sees: causal, bidirectional (all of its picture) or prefix (all of the prompt)."
-        ),
-    ] = "causal",
+    fusion: FusionOption = "embed",
+    image_attention: ImageAttentionOption = "causal",
     image_size: ImageSizeOption = None,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of all weights; auto is the language model's own.")] = Dtype.auto,
     tokenizer: Annotated[
@@ -181,8 +188,9 @@ def compose(
         )
     arguments = {
         "projector": _name_or_json(projector),
-        "views": None if views is None else _name_or_json(views),
+        "fusion": _name_or_json(fusion),
         "image_attention": image_attention,
+        "views": None if views is None else _name_or_json(views),
         "image_size": _image_size(image_size),
         "vision_fusion": vision_fusion.value,
     }
@@ -345,6 +353,9 @@ def check(
     further_towers: FurtherTowersOption = None,
     vision_fusion: VisionFusionOption = VisionFusion.channel,
     projector: ProjectorOption = "mlp",
+    fusion: FusionOption = "embed",
+    image_attention: ImageAttentionOption = "causal",
+    views: ViewsOption = None,
     image_size: ImageSizeOption = None,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of all weights; auto is the language model's own.")] = Dtype.auto,
     tokenizer: Annotated[
@@ -366,10 +377,15 @@ def check(
 
     Example: anyvlm check dinov2 qwen3 --dtype bfloat16 --image-size 448
 
+    Example: anyvlm check siglip qwen3 --projector pixel_shuffle --views tiles
+
     Example: anyvlm check siglip xlnet --json
     """
     arguments = {
         "projector": _name_or_json(projector),
+        "fusion": _name_or_json(fusion),
+        "image_attention": image_attention,
+        "views": None if views is None else _name_or_json(views),
         "image_size": _image_size(image_size),
         "vision_fusion": vision_fusion.value,
     }

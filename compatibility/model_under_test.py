@@ -11,8 +11,8 @@ from transformers import PreTrainedConfig
 
 import anyvlm
 
-from ..composition.compose import embedding_rms
 from ..composition.parts import load_language_model
+from ..composition.starting_scale import embedding_rms
 from ..modeling.cross_attention import TanhGate
 from ..modeling.gated_fusion import GatedFusion
 from .tiny_tokenizer import make_sensitive, tiny_tokenizer

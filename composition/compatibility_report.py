@@ -9,7 +9,8 @@ class PartReport:
     """One part of the model that `compose` would make.
 
     Args:
-        name: The sub-module: `vision_tower`, `multi_modal_projector` or `language_model`.
+        name: The sub-module: `vision_tower`, `multi_modal_projector`, `language_model`, `fusion`; or the parameter
+            `image_newline`.
         model_class: Its class.
         model_type: Its config's model type; `None` for the projector.
         parameters: Number of parameters, tied ones once.
@@ -63,10 +64,15 @@ class CompatibilityReport:
         head_parameters: Of the language model, its head; 0 if it is tied to the embeddings.
         new_embedding_rows: Rows that composing adds for the image token; `None` without a tokenizer.
         image_size: Pixels `(height, width)` of a picture, as the tower gets it.
-        grid: Rows and columns of image tokens.
-        tokens_per_picture: Image tokens that one picture takes.
+        grid: Rows and columns of the tokens that the projector makes of one view of that size.
+        tokens_per_picture: Image tokens that a picture of that size takes in the text; with another fusion than `"embed"`
+            the one placeholder.
         one_size: Whether every picture is brought to `image_size`; else that, `grid` and `tokens_per_picture` are an
             example, and a picture's own size decides.
+        tokens_of_sizes: Image tokens of pictures of some usual sizes, `"height x width"` -> tokens.
+        image_views: How a picture is cut into views, complete; `None` for one view of one size or of its own.
+        fusion: How pictures reach the language model.
+        image_attention: What image tokens see.
         max_position_embeddings: Tokens that the language model was made for, where its config says so.
         training_bytes: What is trained -> weights, gradients and AdamW's two moments, all in `dtype`, without
             activations.
@@ -92,6 +98,10 @@ class CompatibilityReport:
     grid: tuple[int, int] | None = None
     tokens_per_picture: int | None = None
     one_size: bool | None = None
+    tokens_of_sizes: dict[str, int] = field(default_factory=dict)
+    image_views: dict[str, Any] | None = None
+    fusion: str = "embed"
+    image_attention: str = "causal"
     max_position_embeddings: int | None = None
     training_bytes: dict[str, int] = field(default_factory=dict)
     cache: CacheReport | None = None
@@ -103,7 +113,10 @@ class CompatibilityReport:
     @property
     def parameters(self) -> int | None:
         """All parameters of the model; `None` unless every part is known."""
-        return sum(part.parameters for part in self.parts) if len(self.parts) == 3 else None
+        needed = {"vision_tower", "multi_modal_projector", "language_model"}
+        needed |= {"fusion"} if self.fusion != "embed" else set()
+        known = needed <= {part.name for part in self.parts}
+        return sum(part.parameters for part in self.parts) if known else None
 
     @property
     def context_share(self) -> float | None:
@@ -164,11 +177,24 @@ class CompatibilityReport:
         pixels = f"{self.image_size[0]}x{self.image_size[1]} pixels"
         if self.tokens_per_picture is None or self.grid is None:
             return [("picture", f"{pixels}; number of tokens unknown, the vision tower could not be run here")]
-        line = f"{pixels}: {self.tokens_per_picture} tokens ({self.grid[0]}x{self.grid[1]})"
+        rows, columns = self.grid
+        if self.fusion != "embed":
+            of_views = "" if self.image_views is None else " of each view"
+            line = f"{pixels}: {rows * columns} tokens ({rows}x{columns}){of_views} beside the text, 1 in it"
+        elif self.image_views is None:
+            line = f"{pixels}: {self.tokens_per_picture} tokens ({rows}x{columns})"
+        else:
+            line = f"{pixels}: {self.tokens_per_picture} tokens, a view of them {rows}x{columns}"
         if self.context_share is not None:
             line += f", {self.context_share:.1%} of {self.max_position_embeddings:,} positions"
-        example = [] if self.one_size else [("", "an example: pictures keep their own sizes unless image_size is set")]
-        return [("picture", line), *example]
+        lines = [("picture", line)]
+        if self.image_views is not None:
+            lines.append(("", f"an example: pictures are shown as {self.image_views['type']}"))
+        elif not self.one_size:
+            lines.append(("", "an example: pictures keep their own sizes unless image_size is set"))
+        if len(set(self.tokens_of_sizes.values())) > 1:
+            lines += [("", f"{pixels} pixels: {tokens} tokens") for pixels, tokens in self.tokens_of_sizes.items()]
+        return lines
 
     def _memory_lines(self) -> list[tuple[str, str]]:
         if self.parameters is None:
@@ -191,7 +217,13 @@ class CompatibilityReport:
         return lines
 
 
-_TITLES = {"vision_tower": "vision tower", "multi_modal_projector": "projector", "language_model": "language model"}
+_TITLES = {
+    "vision_tower": "vision tower",
+    "multi_modal_projector": "projector",
+    "language_model": "language model",
+    "fusion": "fusion",
+    "image_newline": "image newline",
+}
 
 
 def count(number: int) -> str:

@@ -1,49 +1,32 @@
 """Join a vision tower and a language model."""
 
-import contextlib
 import copy
-import logging
-import os
 from collections.abc import Sequence
 
 import torch
-from huggingface_hub import ModelCard
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..configuration.configuration_anyvlm import FUSIONS, IMAGE_ATTENTIONS, AnyVlmConfig
-from ..configuration.image_tokens import num_tokens_of_grid
-from ..configuration.image_views import has_newline
-from ..modeling.fusion import build_fusion
+from ..configuration.configuration_anyvlm import AnyVlmConfig
 from ..modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
-from ..modeling.picture_states import PictureStates
-from ..modeling.projectors import build_projector
-from ..processing.prepared_views import grids_of_sizes, makes_one_size
 from ..processing.processing_anyvlm import AnyVlmProcessor
+from .arguments import fusion_and_arguments, typed
+from .assembly import assemble, cast_as_loaded
 from .chat_templates import chat_template_with_images
 from .decoder_layers import complete_fusion_config
 from .errors import CompositionError
 from .image_attention_probe import probe_image_attention
-from .image_processors import load_image_processor
-from .language_model_probe import plain_words, probe_generation, probe_language_model
-from .model_sizes import num_positions
-from .native_views import fit_to_budget
-from .parts import PartSource, load_language_model, load_vision_tower, pretrained_name, source_name
+from .language_model_probe import probe_generation, probe_language_model
+from .model_sizes import embedding_width
+from .part_origins import part_origin
+from .parts import PartSource, load_language_model, load_vision_tower
+from .picture_plan import check_context, plan_pictures
 from .probe import probe_features
-from .projector_grid import check_projector_arguments, check_projector_grid, check_projector_widths
-from .tokenizers import (
-    add_image_token,
-    load_instruction_tokenizer,
-    load_tokenizer,
-    normalise_special_tokens,
-)
-from .views import Measured, complete_video_frames, complete_views, fewest_and_most_tokens, views_settings
+from .projector_grid import check_projector_arguments, complete_projector
+from .starting_scale import match_embedding_scale
+from .tokenizers import add_image_token, load_instruction_tokenizer, load_tokenizer, normalise_special_tokens
+from .views import views_settings
 from .vision_part import check_vision_fusion, examine_vision_part, vision_sources
-
-
-logger = logging.getLogger(__name__)
 
 
 def compose(
@@ -122,24 +105,10 @@ def compose(
     """
     if audio is not None or feature_extractor is not None:
         raise CompositionError("Audio towers are not supported yet. Leave out audio=… and feature_extractor=….")
-    fusion_arguments = {"type": fusion} if isinstance(fusion, str) else dict(fusion)
-    fusion = fusion_arguments.pop("type", None)
-    if fusion not in FUSIONS:
-        raise CompositionError(f"Unknown fusion {fusion!r}. Choose one of: {', '.join(FUSIONS)}.")
-    if image_attention not in IMAGE_ATTENTIONS:
-        raise CompositionError(
-            f"Unknown image_attention {image_attention!r}. Choose one of: {', '.join(IMAGE_ATTENTIONS)}."
-        )
-    if image_attention != "causal" and fusion != "embed":
-        raise CompositionError(
-            f"With fusion={fusion!r} there are no image tokens in the text, so image_attention={image_attention!r} has "
-            'nothing to act on. Use image_attention="causal".'
-        )
-    if fusion == "embed" and fusion_arguments:
-        raise CompositionError(f"fusion 'embed' takes no arguments, but got {fusion_arguments}.")
+    fusion, fusion_arguments = fusion_and_arguments(fusion, image_attention)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
-    projector_config = {"type": projector} if isinstance(projector, str) else dict(projector)
+    projector_config = typed(projector)
     sources = vision_sources(vision)
     check_vision_fusion(vision_fusion)
     settings = views_settings(views)
@@ -153,13 +122,11 @@ def compose(
         towers = [load_vision_tower(source, dtype, trust_remote_code) for source in sources]
         text_tokenizer = load_tokenizer(tokenizer, text, trust_remote_code)
         composed_from = {
-            "vision": _origin(vision, "vision")
-            if len(sources) == 1
-            else [_origin(source, "vision") for source in sources],
-            "text": _origin(text, "text"),
+            "vision": part_origin(sources[0]) if len(sources) == 1 else [part_origin(source) for source in sources],
+            "text": part_origin(text),
         }
         for loaded in (*towers, language_model):
-            _cast(loaded, dtype)
+            cast_as_loaded(loaded, dtype)
 
         language_model_spec = probe_language_model(language_model)
         normalise_special_tokens(text_tokenizer, language_model)
@@ -182,42 +149,23 @@ def compose(
         is_trained = not all(isinstance(source, PreTrainedConfig) for source in sources)
         features = probe_features(vision_tower, spec, part.layer, is_trained=is_trained)
 
-        check_projector_grid(projector_config, spec, any_grid=spec["any_size"] and settings is None)
-        image_views = complete_views(settings, spec, projector_config, part.image_processor, part.size)
-        if image_views and image_views["type"] == "native":
-            if image_size is not None:
-                raise CompositionError(
-                    'image_size brings every picture to one size, and views="native" keeps their own. Leave out either.'
-                )
-            part.image_processor, image_views = fit_to_budget(
-                image_views, spec, vision_tower, part.image_processor, part.layer
-            )
-        frames = complete_video_frames(video_frames, spec, projector_config, fusion)
-        view_size = (image_views or {}).get("view_size")
-        if view_size and not makes_one_size(part.image_processor, spec):
-            part.image_processor, part.size = load_image_processor(
-                image_processor, sources[0], vision_tower, tuple(view_size), trust_remote_code
-            )
-        if fusion != "embed":
-            fewest = most = 1
-        elif image_views is None:
-            grid = grids_of_sizes(part.image_processor, spec, [part.size])[0]
-            fewest = most = num_tokens_of_grid(projector_config, grid)
-        else:
-            fewest, most = fewest_and_most_tokens(Measured(spec, projector_config, image_views))
-        _check_context(language_model, spec, fewest, most)
-        embedding_width = _embedding_width(language_model)
-        keeps_features = projector_config["type"] == "identity"
-        projector_config = {
-            "in_features": spec["hidden_size"],
-            # Only a fusion takes features of the tower's own width.
-            "out_features": spec["hidden_size"] if keeps_features and fusion != "embed" else embedding_width,
-            **projector_config,
-        }
-        check_projector_widths(projector_config)
+        plan = plan_pictures(
+            part,
+            sources[0],
+            settings=settings,
+            projector_config=projector_config,
+            fusion=fusion,
+            video_frames=video_frames,
+            image_processor=image_processor,
+            image_size=image_size,
+            trust_remote_code=trust_remote_code,
+        )
+        check_context(language_model.config, plan, spec)
+        width = embedding_width(language_model)
+        projector_config = complete_projector(projector_config, spec["hidden_size"], width, fusion)
         image_fusion_config = None
         if fusion != "embed":
-            widths = (embedding_width, projector_config["out_features"])
+            widths = (width, projector_config["out_features"])
             image_fusion_config = complete_fusion_config(fusion, fusion_arguments, language_model, widths)
         for config in (*(tower.config for tower in towers), vision_tower.config, language_model.config):
             config.dtype = dtype
@@ -231,8 +179,8 @@ def compose(
             projector_config=projector_config,
             fusion=fusion,
             image_fusion_config=image_fusion_config,
-            image_views=image_views,
-            video_frames=frames,
+            image_views=plan.measured.image_views,
+            video_frames=plan.measured.video_frames,
             image_token_id=image_token_id,
             vision_feature_layer=part.layer,
             vision_feature_select_strategy=part.select_strategy,
@@ -240,150 +188,23 @@ def compose(
             architectures=["AnyVlmForConditionalGeneration"],
             dtype=dtype,
         )
-        model = _assemble(config, vision_tower, language_model)
+        model = assemble(config, vision_tower, language_model)
         model.learn_about_language_model(probe_generation(model))
         model.config.image_attention = image_attention
         probe_image_attention(model)
-        _match_embedding_scale(model, features)
+        match_embedding_scale(model, features)
 
     processor = AnyVlmProcessor(
-        image_processor=part.image_processor,
+        image_processor=plan.image_processor,
         tokenizer=text_tokenizer,
         qformer_tokenizer=instruction_tokenizer,
         chat_template=chat_template_with_images(text_tokenizer, image_token, video_token),
         image_token=image_token,
         vision_tower_spec=spec,
         projector_config=projector_config,
-        image_views=image_views,
+        image_views=plan.measured.image_views,
         video_token=video_token,
-        video_frames=frames,
+        video_frames=plan.measured.video_frames,
         fusion=fusion,
     )
     return model.eval(), processor
-
-
-def _assemble(config: AnyVlmConfig, vision_tower: nn.Module, language_model: nn.Module):
-    """The model around the parts as they are, without a second copy of their weights."""
-    with torch.device("meta"):
-        model = AnyVlmForConditionalGeneration(config)
-    model.vision_tower, model.config.vision_config = vision_tower, vision_tower.config
-    model.language_model, model.config.text_config = language_model, language_model.config
-    projector = build_projector(config.projector_config)
-    fusion = build_fusion(config.fusion, config.image_fusion_config)
-    for part in (projector, fusion):
-        for module in part.modules() if part is not None else ():
-            model._init_weights(module)
-    model.multi_modal_projector = projector.to(language_model.device, config.dtype)
-    if fusion is not None:
-        model.fusion = fusion.to(language_model.device, config.dtype)
-        model.attach_fusion()
-    if has_newline(config.image_views):
-        model.image_newline = nn.Parameter(
-            model.image_newline.new_empty(len(model.image_newline), dtype=config.dtype, device=language_model.device)
-        )
-        model._init_weights(model)
-    model.generation_config = language_model.generation_config
-    return model
-
-
-def _match_embedding_scale(model: AnyVlmForConditionalGeneration, features: torch.Tensor) -> None:
-    """Scale the projector's output layer so that image tokens start with the RMS of the text's embeddings.
-
-    Far larger or smaller tokens than a language model ever saw are a common cause of NaN after a swap.
-
-    Args:
-        features: Of some pictures, `(num_pictures, num_features, hidden_size)`, fp32.
-    """
-    projector = model.multi_modal_projector
-    tokens, _ = projector.float()(features.to(model.device), tuple(model.config.vision_tower_spec["grid"]))
-    rms = embedding_rms(model.language_model)
-    if has_newline(model.config.image_views):
-        model.image_newline.normal_(std=float(rms))
-    if projector.output_layer is not None:
-        scale = rms / tokens.square().mean().sqrt().clamp(min=1e-12)
-        projector.output_layer.weight.mul_(scale)
-        tokens = tokens * scale
-    projector.to(model.config.dtype)
-    if model.fusion is not None and model.fusion.changes_embeddings:
-        _match_gathered_scale(model, tokens)
-
-
-def _match_gathered_scale(model: AnyVlmForConditionalGeneration, tokens: torch.Tensor) -> None:
-    """The same for what text gathers from pictures, where that is mixed into the embeddings.
-
-    Args:
-        tokens: Of some pictures, `(num_pictures, num_tokens, width)`.
-    """
-    num_pictures = len(tokens)
-    words = plain_words(model.language_model, 8 * num_pictures).view(num_pictures, 8)
-    states = PictureStates.from_pictures(list(tokens), torch.arange(8, device=words.device).expand_as(words) == 0)
-    gathered, _ = model.fusion.gather(model.get_input_embeddings()(words), states, "sdpa")
-    rms = gathered.float().square().mean().sqrt().clamp(min=1e-12)
-    model.fusion.output_layer.weight.mul_(embedding_rms(model.language_model) / rms)
-
-
-def _cast(part: nn.Module, dtype: torch.dtype) -> None:
-    """Cast weights as loading them in `dtype` would: buffers that are computed (rotary frequencies) and modules that
-    the part keeps in fp32 stay as they are. `Module.to` would round them, and a reloaded model would differ."""
-    kept = set(part._keep_in_fp32_modules_strict or ())
-    if dtype == torch.float16:
-        kept |= set(part._keep_in_fp32_modules or ())
-    for name, tensor in part.state_dict(keep_vars=True).items():
-        if tensor.is_floating_point() and not kept.intersection(name.split(".")):
-            tensor.data = tensor.data.to(dtype)
-
-
-def embedding_rms(language_model: nn.Module, max_rows: int = 4096) -> torch.Tensor:
-    """RMS of the language model's token embeddings as its embedding module gives them, scale included (gemma)."""
-    embeddings = language_model.get_input_embeddings()
-    num_rows = embeddings.weight.shape[0]
-    ids = torch.arange(0, num_rows, max(1, num_rows // max_rows), device=embeddings.weight.device)
-    values = embeddings(ids.unsqueeze(0))[0].float()
-    used = values.abs().sum(-1) > 0  # rows that pad the vocabulary are zero
-    return values[used].square().mean().sqrt()
-
-
-def _check_context(language_model: nn.Module, spec: dict, fewest: int, most: int) -> None:
-    """Warn where a picture, which takes `fewest` to `most` tokens, leaves a text less room than it takes itself.
-
-    Raises:
-        CompositionError: one picture alone takes all positions. (Not where pictures keep their own sizes.)
-    """
-    positions = num_positions(language_model.config)
-    if positions and fewest >= positions and not spec["any_size"]:
-        height, width = spec["image_size"]
-        picture = f"One picture of {height}x{width} pixels" if fewest == most else "Even a small picture"
-        fewer_tiles = "" if fewest == most else ", fewer tiles (views=…)"
-        raise CompositionError(
-            f"{picture} takes {fewest} tokens, and the language "
-            f"model has {positions} positions, so no text would fit beside it. Pass a smaller image_size=…{fewer_tiles}, or "
-            "a tower with larger patches."
-        )
-    if positions and 2 * most > positions:
-        logger.warning(
-            "One picture takes %s%d of the %d positions that the language model was made for. Pass a smaller image_size=…%s "
-            "for fewer tokens.",
-            "up to " if most > fewest else "",
-            most,
-            positions,
-            " or fewer tiles (views=…)" if most > fewest else "",
-        )
-
-
-def _embedding_width(language_model: nn.Module) -> int:
-    embeddings = language_model.get_input_embeddings()
-    return embeddings(torch.zeros(1, 1, dtype=torch.long, device=embeddings.weight.device)).shape[-1]
-
-
-def _origin(source: PartSource, part: str) -> dict[str, str | None]:
-    """Hub id and licence of a part, as far as they are known here, for the model card."""
-    origin = {"id": source_name(source), "license": None}
-    path = pretrained_name(source)
-    card = os.path.join(path, "README.md") if path else None
-    if card and os.path.isfile(card):
-        origin["license"] = ModelCard.load(card, ignore_metadata_errors=True).data.license
-    elif origin["id"]:
-        # Without a card, or without network, the licence stays unknown, and the model card says so.
-        with contextlib.suppress(EntryNotFoundError, HFValidationError, RepositoryNotFoundError, OSError, ValueError):
-            origin["license"] = ModelCard.load(origin["id"]).data.license
-    return origin

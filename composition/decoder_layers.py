@@ -114,13 +114,18 @@ def _why_not(watches: dict[str, _Watch]) -> str:
 
 
 def complete_fusion_config(
-    fusion: str, arguments: dict, language_model: PreTrainedModel, widths: tuple[int, int]
+    fusion: str,
+    arguments: dict,
+    language_model: PreTrainedModel,
+    widths: tuple[int, int],
+    layers: tuple[str, int, int] | None = None,
 ) -> dict:
     """The whole `image_fusion_config`: what is given, and what the language model says about the rest.
 
     Args:
         arguments: Given by the user.
         widths: Of the language model's embeddings and of the pictures' tokens.
+        layers: What `find_decoder_layers` finds, where that is known and the language model cannot be run.
 
     Raises:
         CompositionError: the language model has no list of decoder layers, or an argument is unknown.
@@ -130,7 +135,7 @@ def complete_fusion_config(
     if FUSION_CLASSES[fusion].changes_embeddings:
         found["hidden_size"] = embedding_width
     else:
-        path, number, width = find_decoder_layers(language_model)
+        path, number, width = layers or find_decoder_layers(language_model)
         found |= {"decoder_layers": path, "num_decoder_layers": number, "hidden_size": width}
     if "num_heads" not in arguments and "head_dim" not in arguments:
         found["num_heads"] = _num_heads(found["hidden_size"], language_model)

@@ -71,12 +71,12 @@ def load_image_processor(
     processor = copy.deepcopy(processor)
     if row.from_processor and size is None and not plain and _makes_patches(processor, row):
         return processor, _example_size(default_size, config)
-    measured = _output_size(processor)
+    measured = output_size(processor)
     if measured is not None and size in (None, measured):
         return processor, measured
-    wanted = size or _config_size(config) or _processor_size(processor) or default_size
+    wanted = size or config_size(config) or _processor_size(processor) or default_size
     _fix_size(processor, wanted)
-    measured = _output_size(processor)
+    measured = output_size(processor)
     if measured != wanted and image_processor is None:
         # The tower's own makes patches or clips; a plain one with its colours makes pictures, which the model takes too.
         processor = _plain_processor(wanted, _colours(processor))
@@ -129,7 +129,7 @@ def _family_processor(config: PreTrainedConfig) -> BaseImageProcessor | None:
             if isinstance(getattr(config, other, None), int) and hasattr(processor_class, key)
         }
         processor = processor_class(**stated)
-        edge = _config_size(config)
+        edge = config_size(config)
         if edge and set(dict(processor.size or {})) == {"longest_edge"}:
             processor.size = {
                 "longest_edge": max(edge)
@@ -267,7 +267,7 @@ def _plain_processor(size: tuple[int, int], settings: dict) -> BaseImageProcesso
 
 
 def _default_size(config: PreTrainedConfig, row: PictureInputs) -> tuple[int, int]:
-    height, width = _config_size(config) or (224, 224)
+    height, width = config_size(config) or (224, 224)
     if row.is_patches:
         edge = patch_edge(config)
         return max(1, height // edge) * edge, max(1, width // edge) * edge
@@ -280,7 +280,7 @@ def _example_size(size: tuple[int, int], config: PreTrainedConfig, most: int = 4
     return tuple(min(length, max(most // edge, 1) * edge) for length in size)
 
 
-def _config_size(config: PreTrainedConfig) -> tuple[int, int] | None:
+def config_size(config: PreTrainedConfig) -> tuple[int, int] | None:
     size = getattr(config, "image_size", None)
     if isinstance(size, int):
         return size, size
@@ -311,7 +311,7 @@ def _fix_size(processor: BaseImageProcessor, size: tuple[int, int]) -> None:
             setattr(processor, key, False)
 
 
-def _output_size(processor: BaseImageProcessor) -> tuple[int, int] | None:
+def output_size(processor: BaseImageProcessor) -> tuple[int, int] | None:
     """Height and width of what the processor makes of pictures of any proportions; `None` if they differ."""
     sizes: set[Any] = set()
     for height, width in ((61, 97), (160, 40), (300, 400)):

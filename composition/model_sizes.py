@@ -41,6 +41,18 @@ def describe_part(name: str, part: nn.Module, known_from: str) -> PartReport:
     )
 
 
+def describe_parameter(name: str, numel: int) -> PartReport:
+    """The same of a parameter that belongs to no part."""
+    return PartReport(
+        name=name,
+        model_class="Parameter",
+        model_type=None,
+        parameters=numel,
+        bytes_per_dtype={dtype_name(dtype): numel * dtype.itemsize for dtype in DTYPES},
+        known_from="its config",
+    )
+
+
 def num_parameters(part: nn.Module) -> int:
     return sum(parameter.numel() for parameter in part.parameters())
 
@@ -64,8 +76,9 @@ def training_bytes(parts: list[PartReport], dtype: torch.dtype) -> dict[str, int
     """
     key = dtype_name(dtype)
     weights = {part.name: part.bytes_per_dtype[key] for part in parts}
+    new = weights.keys() - set(TRAINING_SETUPS["everything"])  # what is new beside the projector is trained with it
     return {
-        setup: sum(weights.values()) + 3 * sum(weights[name] for name in trained)
+        setup: sum(weights.values()) + 3 * sum(weights[name] for name in {*trained, *new})
         for setup, trained in TRAINING_SETUPS.items()
     }
 
@@ -80,8 +93,9 @@ def head_parameters(language_model: PreTrainedModel) -> int | None:
 
 
 def embedding_width(language_model: PreTrainedModel) -> int:
-    """Width of what the embedding module gives, on the meta device."""
-    return language_model.get_input_embeddings()(torch.zeros(1, 1, dtype=torch.long, device="meta")).shape[-1]
+    """Width of what the embedding module gives, on whatever device it is."""
+    embeddings = language_model.get_input_embeddings()
+    return embeddings(torch.zeros(1, 1, dtype=torch.long, device=embeddings.weight.device)).shape[-1]
 
 
 def measure_cache(language_model: PreTrainedModel, dtype: torch.dtype) -> CacheReport | None:

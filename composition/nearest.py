@@ -5,7 +5,7 @@ import time
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .compatibility_table import nearest_types
-from .image_processors import _config_size as config_size
+from .image_processors import config_size
 from .probe import probe_vision_tower
 
 

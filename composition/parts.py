@@ -150,7 +150,7 @@ def _load_language_model(source: PartSource, dtype: torch.dtype | None, trust_re
 
 
 #: Config fields that turn an encoder into a causal decoder where they are false: bert and its kin, xlm.
-_CAUSAL_SWITCHES = ("is_decoder", "causal")
+CAUSAL_SWITCHES = ("is_decoder", "causal")
 
 _ENCODER_DECODERS = (
     (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, AutoModelForSeq2SeqLM),
@@ -162,7 +162,7 @@ def _causal_form(
     load: Callable[[PreTrainedConfig], PreTrainedModel], config: PreTrainedConfig, pretrained: bool = False
 ) -> PreTrainedModel:
     """What `load` makes of the config; if that is an encoder whose config has a causal form, then that form."""
-    switches = [name for name in _CAUSAL_SWITCHES if getattr(config, name, None) is False]
+    switches = [name for name in CAUSAL_SWITCHES if getattr(config, name, None) is False]
     causal_config = copy.deepcopy(config)
     for name in switches:
         setattr(causal_config, name, True)

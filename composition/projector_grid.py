@@ -51,10 +51,22 @@ def check_projector_grid(projector_config: dict, spec: dict, any_grid: bool) -> 
         raise CompositionError(f"Projector {projector_type!r}: {error}{sizes}") from error
 
 
-def check_projector_widths(projector_config: dict) -> None:
-    """Raise `CompositionError` if the projector cannot be built between these widths."""
+def complete_projector(projector_config: dict, features_width: int, embedding_width: int, fusion: str) -> dict:
+    """The projector's config with its widths.
+
+    Raises:
+        CompositionError: it cannot be built between them.
+    """
+    # Only a fusion takes features of the tower's own width.
+    keeps_features = projector_config["type"] == "identity" and fusion != "embed"
+    completed = {
+        "in_features": features_width,
+        "out_features": features_width if keeps_features else embedding_width,
+        **projector_config,
+    }
     try:
         with torch.device("meta"):
-            build_projector(projector_config)
+            build_projector(completed)
     except ValueError as error:
         raise CompositionError(str(error)) from error
+    return completed

@@ -1,6 +1,6 @@
 """The vision part of a model: one tower, or several that are fused."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +77,7 @@ def examine_vision_part(
     check_vision_fusion(vision_fusion)
     if len(towers) == 1:
         layer = list(layer) if isinstance(layer, Sequence) else layer
-        processor, size, spec = _examine_tower(
+        processor, size, spec = examine_tower(
             sources[0], towers[0], image_processor, image_size, layer, select_strategy, trust_remote_code
         )
         return VisionPart(towers[0], processor, size, spec, layer, select_strategy)
@@ -88,11 +88,9 @@ def examine_vision_part(
     strategies = for_each(select_strategy, number, "vision_feature_select_strategy")
     given = for_each(image_processor, number, "image_processor")
     found = [
-        _examine_tower(*arguments, trust_remote_code, plain=True)
+        examine_tower(*arguments, trust_remote_code, plain=True)
         for arguments in zip(sources, towers, given, [image_size] * number, layers, strategies)
     ]
-    for tower, (processor, _, _) in zip(towers, found):
-        check_own_code(tower, processor)
     specs = [spec for _, _, spec in found]
     tower = fuse_towers(towers, specs, layers, vision_fusion)
     spec = fused_spec(specs, vision_fusion)
@@ -101,12 +99,40 @@ def examine_vision_part(
     )
 
 
-def _examine_tower(
-    source, tower, image_processor, image_size, layer, select_strategy, trust_remote_code, plain: bool = False
-) -> tuple[BaseImageProcessor, tuple[int, int], dict]:
+def examine_tower(
+    source: PartSource,
+    tower: nn.Module,
+    image_processor: Any,
+    image_size: int | tuple[int, int] | None,
+    layer: Any,
+    select_strategy: str,
+    trust_remote_code: bool,
+    plain: bool = False,
+    run: Callable[[Callable[[nn.Module], Any]], Any] | None = None,
+) -> tuple[BaseImageProcessor, tuple[int, int], dict | None]:
+    """The image processor of one tower, the size that it makes, and the `vision_tower_spec`.
+
+    Args:
+        plain: One of several: pictures are whole and of one size.
+        run: What a function says of the tower, for one that has no weights itself; `None` where nothing could be run,
+            and then there is no spec.
+
+    Raises:
+        CompositionError: it cannot be used.
+    """
     processor, size = load_image_processor(image_processor, source, tower, image_size, trust_remote_code, plain=plain)
-    spec = probe_vision_tower(tower, size, layer, select_strategy)
-    if not plain and not fits_tower(processor, tower, spec, layer):
+
+    def look(running: nn.Module) -> tuple[dict, bool]:
+        spec = probe_vision_tower(running, size, layer, select_strategy)
+        return spec, plain or fits_tower(processor, running, spec, layer)
+
+    if plain:
+        check_own_code(tower, processor)
+    found = look(tower) if run is None else run(look)
+    if found is None:
+        return processor, size, None
+    spec, fits = found
+    if not fits:
         processor, size = load_image_processor(None, tower.config, tower, size, False)
     return processor, size, spec
 

@@ -15,7 +15,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 from ..modeling.language_models import causal_lm_class
 from .compatibility_table import table_row
 from .errors import CompositionError
-from .parts import _CAUSAL_SWITCHES, PartSource, load_language_model, load_vision_tower
+from .model_sizes import num_parameters
+from .parts import CAUSAL_SWITCHES, PartSource, load_language_model, load_vision_tower
 from .remote_code import find_remote_code
 from .small_copies import build_on_meta, real_copies, shallow_copy, thin_copy, tiny_copy
 
@@ -65,7 +66,7 @@ class WeightlessPart:
                 for module, training in modes:
                     module.training = training
             if refusal is None or self.run is None:
-                whole = _num_parameters(model) == _num_parameters(self.model)
+                whole = num_parameters(model) == num_parameters(self.model)
                 self.run, self.known_from = model, "run whole, here" if whole else "run here as a small copy"
             if refusal is None:
                 return result
@@ -134,7 +135,7 @@ def _causal_config(config: PreTrainedConfig, trust_remote_code: bool) -> tuple[P
     text_config = getattr(config, "text_config", None)
     config = copy.deepcopy(text_config if isinstance(text_config, PreTrainedConfig) else config)
     model_class = causal_lm_class(config)
-    switches = [name for name in _CAUSAL_SWITCHES if getattr(config, name, None) is False]
+    switches = [name for name in CAUSAL_SWITCHES if getattr(config, name, None) is False]
     if not switches or model_class is None:
         return config, False
     for model in real_copies(model_class, config, [tiny_copy(config), shallow_copy(config)]):
@@ -191,7 +192,3 @@ def source_as_text(source: PartSource) -> str:
     if isinstance(source, (PreTrainedModel, PreTrainedConfig)):
         return source.name_or_path or type(source).__name__
     return os.fspath(source)
-
-
-def _num_parameters(model: PreTrainedModel) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

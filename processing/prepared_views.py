@@ -1,12 +1,13 @@
 """From views to what the tower takes, and the grids of features that it will give."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from PIL import Image
 
-from ..configuration.image_tokens import image_grids
-from ..configuration.image_views import has_planned_views
+from ..configuration.image_tokens import image_grids, num_tokens_of_grid
+from ..configuration.image_views import has_planned_views, num_image_tokens
 from ..modeling.picture_inputs import PICTURE_INPUTS
 from .image_outputs import image_outputs
 from .patch_cutting import cut_pictures
@@ -37,6 +38,21 @@ def grids_of_sizes(
     # Only the image processor knows to which size it brings a picture.
     pictures = [Image.new("RGB", (width, height)) for height, width in image_sizes]
     return grids_of_outputs(vision_tower_spec, image_outputs(image_processor, pictures, return_tensors="pt", **kwargs))
+
+
+def tokens_of_sizes(config: Any, image_processor, image_sizes: list[tuple[int, int]], **kwargs) -> list[int]:
+    """Image tokens in the text of pictures of the given `(height, width)`. No picture is made, unless only the image
+    processor knows to which size it brings one.
+
+    Args:
+        config: As for `num_image_tokens`.
+        kwargs: For the image processor, where it is not to do as it is set.
+    """
+    planned = getattr(config, "fusion", "embed") != "embed" or has_planned_views(config.image_views)
+    if planned or not (kwargs or config.vision_tower_spec["any_size"]):
+        return [num_image_tokens(config, height, width) for height, width in image_sizes]
+    grids = grids_of_sizes(image_processor, config.vision_tower_spec, image_sizes, **kwargs)
+    return [num_tokens_of_grid(config.projector_config, grid) for grid in grids]
 
 
 def makes_one_size(image_processor, vision_tower_spec: dict) -> bool:

@@ -1,6 +1,5 @@
 """Processor of a composed model: the tower's image processor and the language model's tokenizer, unchanged."""
 
-import math
 import os
 import sys
 from collections.abc import Mapping
@@ -11,14 +10,11 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs
 from transformers.utils import PROCESSOR_NAME
 
 from ..configuration.checkpoint_code import AUTO_MAP, write_checkpoint_code
-from ..configuration.image_tokens import token_grid
 from ..configuration.image_views import (
     check_image_views,
     depends_on_pictures,
     has_newline,
-    has_planned_views,
     has_several_views,
-    num_image_tokens,
     plan_views,
 )
 from ..configuration.instructions import INSTRUCTION_KEYS
@@ -30,7 +26,7 @@ from .media_views import check_grids, clips_of, picture_tokens_text, take_apart,
 from .picture_text_processor import PictureTextProcessor, VideoText
 from .pictures import to_rgb_picture
 from .pictures_first import PicturesFirstProcessor
-from .prepared_views import grids_of_outputs, grids_of_sizes, patch_keys, prepare_views
+from .prepared_views import grids_of_outputs, patch_keys, prepare_views, tokens_of_sizes
 from .prompt_form import PromptFormProcessor, check_prompt_form
 from .video import Video, sample_video
 
@@ -218,15 +214,7 @@ class AnyVlmProcessor(PromptFormProcessor, PictureTextProcessor, PicturesFirstPr
             counts["num_video_tokens"] = [num_video_tokens(self, *size) for size in video_sizes]
         if image_sizes is None:
             return MultiModalData(**counts)
-        if (
-            self.fusion != "embed"
-            or has_planned_views(self.image_views)
-            or not (kwargs or self.vision_tower_spec["any_size"])
-        ):
-            tokens = [num_image_tokens(self, height, width) for height, width in image_sizes]
-        else:
-            grids = grids_of_sizes(self.image_processor, self.vision_tower_spec, image_sizes, **kwargs)
-            tokens = [math.prod(token_grid(self.projector_config, grid)) for grid in grids]
+        tokens = tokens_of_sizes(self, self.image_processor, image_sizes, **kwargs)
         views = [len(plan_views(self.image_views, height, width).views) for height, width in image_sizes]
         return MultiModalData(num_image_tokens=tokens, num_image_patches=views, **counts)
 

@@ -269,6 +269,19 @@ class TestCheck:
         assert code == 0 and report["works"] is True
         assert (report["image_size"], report["tokens_per_picture"], report["dtype"]) == ([16, 32], 8, "bfloat16")
 
+    def test_settings_are_those_of_compose(self, capsys, parts):
+        views = '{"type": "tiles", "layout": "dynamic", "max_tiles": 4}'
+        settings = ["--views", views, "--fusion", '{"type": "cross_attention", "every": 1}']
+        code, out, _ = run(capsys, "check", *parts, "--json", *settings)
+        report = json.loads(out)
+        assert code == 0 and (report["fusion"], report["image_views"]["max_tiles"]) == ("cross_attention", 4)
+        code, out, _ = run(capsys, "check", *parts, "--views", views)
+        assert code == 0 and "2000x500 pixels: 20 tokens" in out
+        code, out, _ = run(capsys, "check", *parts, "--views", "native")
+        assert code == 1 and 'views="native" cannot be used' in out
+        code, _, err = run(capsys, "check", *parts, "--fusion", "gated", "--image-attention", "prefix")
+        assert code == 1 and "nothing to act on" in err
+
     def test_a_pair_that_is_refused_exits_with_1_and_gives_the_reason(self, capsys, parts):
         tower, _ = parts
         code, out, err = run(capsys, "check", tower, "xlnet")

@@ -12,12 +12,13 @@ from ...modeling.language_models import build_language_model
 from ...modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
 from ...modeling.vision_towers import build_vision_tower
 from ...processing.processing_anyvlm import AnyVlmProcessor
-from ..compose import _assemble
+from ..assembly import assemble
 from ..errors import CompositionError
-from ..image_processors import _config_size, _output_size
+from ..image_processors import config_size, output_size
 from ..language_model_probe import probe_generation, probe_language_model
 from ..parts import source_name
 from ..probe import probe_vision_tower
+from ..projector_grid import complete_projector
 from .equality import compare_on_a_sample
 from .families import family_of
 from .family import NativeFamily
@@ -75,7 +76,7 @@ def from_native(
         model.dtype,
         source_name(model),
     )
-    ours = _assemble(config, vision_tower, language_model)
+    ours = assemble(config, vision_tower, language_model)
     put_weights(ours, tensors, type(ours).__name__)
     ours.learn_about_language_model(probe_generation(ours))
     our_processor = processor_from_native(family, processor, config)
@@ -113,11 +114,9 @@ def our_config(
     """The config of the converted model, from what the family reads and what was measured."""
     spec = family.adjust_spec(native_config, vision_tower_spec)
     pieces = {key: copy.deepcopy(value) for key, value in pieces.items() if key != "image_size"}
-    pieces["projector_config"] = {
-        "in_features": spec["hidden_size"],
-        "out_features": embedding_width,
-        **pieces["projector_config"],
-    }
+    pieces["projector_config"] = complete_projector(
+        pieces["projector_config"], spec["hidden_size"], embedding_width, pieces.get("fusion", "embed")
+    )
     for key in ("vision_config", "text_config"):
         pieces[key].dtype = dtype
         pieces[key].name_or_path = ""
@@ -155,7 +154,7 @@ def picture_size(pieces: dict, processor: ProcessorMixin) -> tuple[int, int]:
         CompositionError: neither the family, nor the processor, nor the tower's config tells.
     """
     size = pieces.get("image_size") or (pieces.get("image_views") or {}).get("view_size")
-    size = size or _output_size(processor.image_processor) or _config_size(pieces["vision_config"])
+    size = size or output_size(processor.image_processor) or config_size(pieces["vision_config"])
     if size is None:
         raise CompositionError(
             f"{type(processor).__name__} makes pictures of several sizes, and the tower's config states none. Set the "

@@ -1,13 +1,11 @@
 """What is measured of a model's parts, learned from small copies: for conversions that never load the weights."""
 
-import copy
 from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...configuration.configuration_anyvlm import AnyVlmConfig
-from ..compose import _assemble
+from ..assembly import trial_model
 from ..errors import CompositionError
 from ..language_model_probe import probe_generation, probe_language_model
 from ..probe import probe_vision_tower
@@ -55,22 +53,7 @@ def measure_language_model(
         raise CompositionError(
             f"{type(part.run).__name__} changes the logits that its head gives, and {family.model_class} does not."
         )
-    language_model = part.run
-    embeddings = language_model.get_input_embeddings().weight
-    config = AnyVlmConfig(
-        vision_config=copy.deepcopy(tower.run.config),
-        text_config=copy.deepcopy(language_model.config),
-        vision_tower_spec=vision_tower_spec,
-        language_model_spec=spec,
-        projector_config={
-            "type": "linear",
-            "in_features": vision_tower_spec["hidden_size"],
-            "out_features": embeddings.shape[1],
-        },
-        image_token_id=min(embeddings.shape[0], language_model.config.vocab_size) - 1,
-        dtype=language_model.dtype,
-    )
-    return {**spec, **probe_generation(_assemble(config, tower.run, language_model).eval())}
+    return {**spec, **probe_generation(trial_model(tower.run, part.run, vision_tower_spec, spec))}
 
 
 @torch.no_grad()

@@ -13,9 +13,11 @@ from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 import anyvlm
 from anyvlm.compatibility import tiny_configs
 from anyvlm.composition import compatibility_table
+from anyvlm.composition.model_sizes import num_parameters
 from anyvlm.composition.parts import load_language_model
 from anyvlm.composition.probe import probe_vision_tower
 from anyvlm.composition.small_copies import shallow_copy, thin_copy, tiny_copy
+from anyvlm.modeling.fusion import build_fusion
 from anyvlm.modeling.vision_towers import build_vision_tower
 
 
@@ -121,7 +123,85 @@ def test_a_tiny_copy_keeps_what_is_no_size():
     assert small.hidden_act == config.hidden_act and small.tie_word_embeddings == config.tie_word_embeddings
 
 
+SETTINGS = {
+    "queries": {"projector": {"type": "resampler", "num_queries": 6, "head_dim": 8}},
+    "anyres tiles, joined by newlines": {"views": "tiles"},
+    "dynamic tiles": {
+        "projector": {"type": "pixel_shuffle", "scale_factor": 2},
+        "views": {"type": "tiles", "layout": "dynamic", "max_tiles": 4},
+    },
+    "slices": {"views": {"type": "slices", "max_slices": 3}, "image_attention": "bidirectional"},
+    "cross-attention": {"fusion": {"type": "cross_attention", "every": 1}, "image_attention": "causal"},
+    "gated": {"fusion": "gated", "views": {"type": "tiles", "layout": "dynamic", "max_tiles": 2}},
+    "features as they are": {"fusion": "cross_attention", "projector": "identity"},
+    "a prefix": {"image_attention": "prefix"},
+}
+
+
+@pytest.mark.parametrize("case", list(SETTINGS))
+def test_settings_give_the_tokens_and_the_parameters_of_the_composed_model(case, table):
+    parts, settings = (vision_config("clip_vision_model"), text_config("llama")), SETTINGS[case]
+    parts[1].num_hidden_layers, parts[1].max_position_embeddings = 5, 4096
+    report = anyvlm.check(*parts, tokenizer=tiny_tokenizer(), **settings)
+    model, processor = anyvlm.compose(*parts, tokenizer=tiny_tokenizer(), **settings)
+    assert report.works is True and report.reasons == []
+    assert report.parameters == model.num_parameters()
+    for part in report.parts:
+        own = getattr(model, part.name)
+        assert part.parameters == (own.numel() if part.name == "image_newline" else num_parameters(own)), part.name
+    assert report.image_views == model.config.image_views
+    sizes = [tuple(map(int, size.split("x"))) for size in report.tokens_of_sizes]
+    assert list(report.tokens_of_sizes.values()) == processor._get_num_multimodal_tokens(sizes).num_image_tokens
+    example = processor._get_num_multimodal_tokens([report.image_size]).num_image_tokens[0]
+    assert report.tokens_per_picture == example
+    said = f"{example} tokens" if report.fusion == "embed" else "beside the text, 1 in it"
+    assert said in next(value for name, value in report.lines() if name == "picture")
+    names = [name for name, _ in model.named_children()] + (["image_newline"] if "newline" in case else [])
+    assert sorted(part.name for part in report.parts) == sorted(names)
+    json.dumps(report.to_dict())
+
+
+def test_a_picture_beside_the_text_says_so(table):
+    report = anyvlm.check(vision_config("clip_vision_model"), text_config("llama"), fusion="cross_attention")
+    assert "32x32 pixels: 16 tokens (4x4) beside the text, 1 in it" in str(report)
+    assert report.native_classes["LlavaForConditionalGeneration"].startswith("no")
+
+
+def test_a_copy_shows_the_fusion_of_the_whole_model(table):
+    """Layers and widths are the whole model's, not those of the copy that was run."""
+    report = anyvlm.check("clip_vision_model", "qwen3", fusion="cross_attention")
+    config = CONFIG_MAPPING["qwen3"]()
+    with torch.device("meta"):
+        arguments = {"hidden_size": config.hidden_size, "image_features": config.hidden_size}
+        arguments |= {"num_heads": config.num_attention_heads, "num_decoder_layers": config.num_hidden_layers}
+        expected = build_fusion("cross_attention", {**arguments, "decoder_layers": "model.layers"})
+    assert report.works is True
+    assert report.part("fusion").parameters == num_parameters(expected) > 1e8
+
+
+@pytest.mark.parametrize(
+    "settings", [{"fusion": "magic"}, {"image_attention": "magic"}, {"views": "magic"}, {"vision_fusion": "magic"}]
+)
+def test_an_unknown_setting_is_an_error_that_names_it(settings):
+    with pytest.raises(ValueError, match="Unknown .* 'magic'. Choose one of"):
+        anyvlm.check("dinov2", "llama", **settings)
+
+
 REFUSALS = {
+    "native views of a tower of one size": lambda: ("dinov2", "llama", {"views": "native"}),
+    "a grid that cannot be shuffled": lambda: (
+        "dinov2",
+        "llama",
+        {"projector": {"type": "pixel_shuffle", "scale_factor": 3}},
+    ),
+    "no room for text": lambda: ("dinov2", "llama", {"image_size": 128}),
+    "no list of decoder layers": lambda: (
+        "dinov2",
+        "marian",
+        {"fusion": {"type": "cross_attention", "colour": "red"}},
+    ),
+    "masks that cannot be given": lambda: ("dinov2", "mamba", {"image_attention": "prefix"}),
+    "features of no width": lambda: ("resnet", "gpt2", {"projector": "identity", "image_size": 64}),
     "an encoder": lambda: ("dinov2", tiny_configs.text_config("xlnet"), {}),
     "another rule of generation": lambda: ("dinov2", tiny_configs.text_config("xlm"), {}),
     "no embeddings": lambda: ("dinov2", tiny_configs.text_config("cpmant"), {}),
@@ -339,6 +419,7 @@ def test_the_report_goes_into_json_and_fits_the_eye():
 
 
 def test_warnings_of_composing_become_notes(caplog):
-    report = anyvlm.check(vision_config("dinov2"), text_config("llama"), image_size=128)
-    assert any("more than half of the context" in note for note in report.notes)
+    report = anyvlm.check(vision_config("dinov2"), text_config("llama"), image_size=96)
+    assert report.works is True
+    assert any("One picture takes 144 of the 256 positions" in note for note in report.notes)
     assert not caplog.records

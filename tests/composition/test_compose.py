@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import anyvlm
-from anyvlm.composition.compose import embedding_rms
+from anyvlm.composition.starting_scale import embedding_rms
 from anyvlm.modeling.projectors import PROJECTORS
 
 
