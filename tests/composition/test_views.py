@@ -63,18 +63,19 @@ def check_any_size(model, processor, sizes):
     for start in range(0, len(sizes), 100):
         chunk = sizes[start : start + 100]
         plans = [plan_views(processor.image_views, *size) for size in chunk]
-        # In grey and by the nearest pixel: a view's size does not depend on that.
-        pictures = [Image.new("L", (width, height)) for height, width in chunk]
+        # Without contents, and by the nearest pixel: a view's size does not depend on that.
+        pictures = [Image.new("L", (width, height), None) for height, width in chunk]
         views = [cut_views(picture, plan, Image.Resampling.NEAREST) for picture, plan in zip(pictures, plans)]
         assert list(map(len, views)) == counts.num_image_patches[start : start + 100]
         flat = [view for picture in views for view in picture]
-        planned = has_several_views(processor.image_views) and processor.image_views["view_size"] is None
-        if not planned:  # the image processor brings large views to one size, which takes long
-            assert all(min(view.size) > 0 for view in flat)
-            flat = [view if max(view.size) < 100 else view.crop((0, 0, 9, 9)) for view in flat]
-        flat = [view.convert("RGB") for view in flat]
-        outputs = processor.image_processor(flat, return_tensors="pt", **({"do_resize": False} if planned else {}))
-        outputs = {key: outputs[key] for key in processor.model_input_names if key in outputs}
+        assert all(min(view.size) > 0 for view in flat)
+        if has_several_views(processor.image_views) and processor.image_views["view_size"] is None:
+            flat = [view.convert("RGB") for view in flat]
+            outputs = processor.image_processor(flat, return_tensors="pt", do_resize=False)
+            outputs = {key: outputs[key] for key in processor.model_input_names if key in outputs}
+        else:  # the image processor brings views of any size to one
+            one = processor.image_processor([Image.new("RGB", (9, 9))], return_tensors="pt")["pixel_values"]
+            outputs = {"pixel_values": one.expand(len(flat), *one.shape[1:])}
         if has_several_views(processor.image_views):
             more = [1] if depends_on_pictures(processor.image_views) else []
             outputs["original_sizes"] = torch.tensor([[*size, *more] for size in chunk])
