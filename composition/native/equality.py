@@ -82,7 +82,9 @@ def compare_on_a_sample(
     """
     native_processor, picture = _without_torchvision(native_processor, processor)
     names = f"{type(native).__name__} and {type(ours).__name__}"
-    writer = processor if native_processor.chat_template is None else native_processor
+    # Words that both complete are left to them; else a native processor without a template is given what ours writes.
+    ours_writes = native_processor.chat_template is None and processor.prompt_form is None
+    writer = processor if ours_writes else native_processor
     text = prompt(writer, 1, placeholders=not processor.pictures_first)
     native_inputs = family.call_processor(native_processor, [text], [picture], return_tensors="pt")
     inputs = processor(text=[text], images=[picture], return_tensors="pt")
