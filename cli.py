@@ -99,6 +99,13 @@ def _name_or_json(text: str) -> str | dict:
         raise typer.BadParameter(f"{text!r} is not JSON: {error}.") from error
 
 
+def _json_object(text: str) -> dict:
+    found = _name_or_json(text)
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f'{text!r} is no JSON object, such as \'{{"start": "<img>"}}\'.')
+    return found
+
+
 @contextmanager
 def _naming(*sources: str | None) -> Iterator[None]:
     """Name what could not be loaded: transformers' messages about the Hub often do not."""
@@ -123,6 +130,14 @@ ViewsOption = Annotated[
     typer.Option(
         help="How a picture is shown to the tower: resize, tiles, slices or native, or JSON, such as "
         '\'{"type": "tiles", "layout": "dynamic", "max_tiles": 6}\'.'
+    ),
+]
+ImageTextOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="JSON",
+        help="What is written around the tokens of a picture, such as "
+        '\'{"start": "<img>", "end": "</img>"}\'; the tokenizer must know it.',
     ),
 ]
 FusionOption = Annotated[
@@ -160,6 +175,7 @@ def compose(
     vision_fusion: VisionFusionOption = VisionFusion.channel,
     projector: ProjectorOption = "mlp",
     views: ViewsOption = None,
+    image_text: ImageTextOption = None,
     fusion: FusionOption = "embed",
     image_attention: ImageAttentionOption = "causal",
     image_size: ImageSizeOption = None,
@@ -191,6 +207,7 @@ def compose(
         "fusion": _name_or_json(fusion),
         "image_attention": image_attention,
         "views": None if views is None else _name_or_json(views),
+        "image_text": None if image_text is None else _json_object(image_text),
         "image_size": _image_size(image_size),
         "vision_fusion": vision_fusion.value,
     }
@@ -356,6 +373,7 @@ def check(
     fusion: FusionOption = "embed",
     image_attention: ImageAttentionOption = "causal",
     views: ViewsOption = None,
+    image_text: ImageTextOption = None,
     image_size: ImageSizeOption = None,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of all weights; auto is the language model's own.")] = Dtype.auto,
     tokenizer: Annotated[
@@ -386,6 +404,7 @@ def check(
         "fusion": _name_or_json(fusion),
         "image_attention": image_attention,
         "views": None if views is None else _name_or_json(views),
+        "image_text": None if image_text is None else _json_object(image_text),
         "image_size": _image_size(image_size),
         "vision_fusion": vision_fusion.value,
     }

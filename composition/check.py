@@ -36,6 +36,7 @@ from .tokenizers import load_instruction_tokenizer
 from .views import views_settings
 from .vision_part import check_vision_fusion, for_each, vision_sources
 from .weightless_parts import WeightlessPart, source_as_text
+from .written_text import check_settings, check_written, repeated_token
 
 
 def check(
@@ -50,6 +51,7 @@ def check(
     tokenizer: PreTrainedTokenizerBase | str | None = None,
     image_processor: BaseImageProcessor | str | Sequence | None = None,
     image_token: str = "<image>",
+    image_text: dict | None = None,
     vision_fusion: str = "channel",
     dtype: torch.dtype | str | None = None,
     trust_remote_code: bool = False,
@@ -79,6 +81,7 @@ def check(
     sources = vision_sources(vision)
     check_vision_fusion(vision_fusion)
     settings = views_settings(views)
+    check_settings(image_text)
     check_projector_arguments(projector_config)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     image_processors = for_each(image_processor, len(sources), "image_processor")
@@ -101,7 +104,8 @@ def check(
         if language_model is not None:
             dtype = dtype or language_model.model.dtype
             language_model_spec = examine_language_model(language_model, findings)
-            fitted = fit_tokenizer(language_model, tokenizer, text, image_token, trust_remote_code, findings)
+            token = repeated_token(image_text, image_token)
+            fitted = fit_tokenizer(language_model, tokenizer, text, token, trust_remote_code, findings)
             if fitted is not None:
                 _, projector_config = load_instruction_tokenizer(None, fitted, projector_config, trust_remote_code)
         checked = examine_vision(
@@ -124,6 +128,9 @@ def check(
             )
             if language_model is not None:
                 width, spec = embedding_width(language_model.model), checked.part.spec
+                with findings.refusals():
+                    if plan is not None and fitted is not None:
+                        check_written(image_text, image_token, fitted, plan.measured.image_views, fusion)
                 with findings.refusals():
                     if plan is not None:
                         check_context(language_model.model.config, plan, spec)

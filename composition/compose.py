@@ -27,6 +27,7 @@ from .starting_scale import match_embedding_scale
 from .tokenizers import add_image_token, load_instruction_tokenizer, load_tokenizer, normalise_special_tokens
 from .views import views_settings
 from .vision_part import check_vision_fusion, examine_vision_part, vision_sources
+from .written_text import check_settings, check_written, repeated_token
 
 
 def compose(
@@ -45,6 +46,7 @@ def compose(
     qformer_tokenizer: PreTrainedTokenizerBase | str | None = None,
     image_size: int | tuple[int, int] | None = None,
     image_token: str = "<image>",
+    image_text: dict | None = None,
     video_token: str = "<video>",
     vision_feature_layer: int | Sequence | None = None,
     vision_feature_select_strategy: str | Sequence[str] = "default",
@@ -85,6 +87,10 @@ def compose(
             path or Hub id. Default: the language model's, and a vocabulary of its size.
         image_size: Pixels, one edge or `(height, width)`. Default: what the image processor makes.
         image_token: Text that stands for a picture. Added to the tokenizer as one token if it has none.
+        image_text: What is written around the tokens of a picture and between those of its views, such as
+            `{"start": "<img>", "end": "</img>"}` (`processing/image_text.py`), so that a language model, or a native class
+            (`to_native`), finds the format that it knows. Its `token` takes the place of `image_token` as the one that is
+            repeated and added. The tokenizer must know the rest.
         video_token: Text that stands for a video; image tokens take its place, so it need not be a token.
         vision_feature_layer: `None` for the tower's last hidden state; an index or indices into its hidden states. With
             several towers a list has an entry for each, which may be a list.
@@ -112,6 +118,7 @@ def compose(
     sources = vision_sources(vision)
     check_vision_fusion(vision_fusion)
     settings = views_settings(views)
+    check_settings(image_text)
 
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
@@ -133,7 +140,7 @@ def compose(
         instruction_tokenizer, projector_config = load_instruction_tokenizer(
             qformer_tokenizer, text_tokenizer, projector_config, trust_remote_code
         )
-        image_token_id = add_image_token(text_tokenizer, language_model, image_token)
+        image_token_id = add_image_token(text_tokenizer, language_model, repeated_token(image_text, image_token))
 
         part = examine_vision_part(
             sources,
@@ -160,6 +167,8 @@ def compose(
             image_size=image_size,
             trust_remote_code=trust_remote_code,
         )
+        image_views = plan.measured.image_views
+        check_written(image_text, image_token, text_tokenizer, image_views, fusion)
         check_context(language_model.config, plan, spec)
         width = embedding_width(language_model)
         projector_config = complete_projector(projector_config, spec["hidden_size"], width, fusion)
@@ -179,7 +188,7 @@ def compose(
             projector_config=projector_config,
             fusion=fusion,
             image_fusion_config=image_fusion_config,
-            image_views=plan.measured.image_views,
+            image_views=image_views,
             video_frames=plan.measured.video_frames,
             image_token_id=image_token_id,
             vision_feature_layer=part.layer,
@@ -202,7 +211,8 @@ def compose(
         image_token=image_token,
         vision_tower_spec=spec,
         projector_config=projector_config,
-        image_views=plan.measured.image_views,
+        image_views=image_views,
+        image_text=image_text,
         video_token=video_token,
         video_frames=plan.measured.video_frames,
         fusion=fusion,

@@ -28,6 +28,8 @@ _DEFAULTS = {
     "pan_and_scan": {"max_tiles": 4, "min_ratio": 1.2},
     "canvas": {"max_tiles": 36},
 }
+#: Heights and widths of the pictures, in all pairs, that stand for all there are.
+TRIED_EDGES = (32, 128, 384, 512, 683, 1024, 1366, 2048, 4096)
 _MAX_SLICES = 9
 _SPLIT_TILES = 4
 
@@ -158,8 +160,7 @@ def _takes_grid(projector_config: dict, edge: int) -> bool:
 
 def fewest_and_most_tokens(measured: Measured) -> tuple[int, int]:
     """Tokens of the pictures that take fewest and most, among pictures of several sizes and proportions."""
-    edges = (32, 128, 384, 512, 683, 1024, 1366, 2048, 4096)
-    counts = [num_image_tokens(measured, height, width) for height in edges for width in edges]
+    counts = [num_image_tokens(measured, height, width) for height in TRIED_EDGES for width in TRIED_EDGES]
     return min(counts), max(counts)
 
 

@@ -20,6 +20,7 @@ stands for the tokens of one view and `{row}`, `{column}`, `{index}` for the pla
 """
 
 from ..configuration.image_tokens import Grid
+from ..configuration.image_views import has_newline
 from ..configuration.tile_layouts import PictureViews
 
 
@@ -42,8 +43,9 @@ KEYS = (
 _TOKENS = "{tokens}"
 
 
-def check_image_text(image_text: dict | None) -> None:
-    """Refuse unknown keys, and templates without tokens.
+def check_image_text(image_text: dict | None, image_views: dict | None = None, fusion: str = "embed") -> None:
+    """Refuse unknown keys, what is no text, templates without tokens, and text where these views or this fusion leave no
+    place for it.
 
     Raises:
         ValueError: naming them.
@@ -51,9 +53,21 @@ def check_image_text(image_text: dict | None) -> None:
     unknown = sorted(set(image_text or {}) - set(KEYS))
     if unknown:
         raise ValueError(f"Unknown keys in image_text: {', '.join(unknown)}. Known ones: {', '.join(KEYS)}.")
-    for key in ("whole", "whole_alone", "tile"):
-        if _TOKENS not in (image_text or {}).get(key, _TOKENS):
+    for key, template in (image_text or {}).items():
+        if not isinstance(template, str):
+            raise ValueError(f"image_text[{key!r}] must be a text, not {template!r}. Leave it out for none.")
+        if key in ("whole", "whole_alone", "tile") and _TOKENS not in template:
             raise ValueError(f"image_text[{key!r}] must have {_TOKENS} where the tokens of the view belong.")
+    if has_newline(image_views) and has_text_between_views(image_text):
+        raise ValueError(
+            "image_text writes something between the views of a picture, whose tokens image_views joins into one map "
+            '("join": "spatial"). Leave out either.'
+        )
+    if fusion != "embed" and has_text_between_views(image_text):
+        raise ValueError(
+            f"With fusion={fusion!r} a picture has one token in the text, so image_text can write nothing between its "
+            'views. Leave out all but "token", "prefix", "start", "end" and "boundary".'
+        )
 
 
 def has_text_between_views(image_text: dict | None) -> bool:
@@ -86,8 +100,7 @@ def picture_text(image_text: dict | None, token: str, plan: PictureViews, grids:
             parts.append(image_text.get("tile_separator", ""))
         elif row:
             parts.append(image_text.get("row_separator", ""))
-        places = {"{row}": row + 1, "{column}": column + 1, "{index}": tile, _TOKENS: tokens}
-        parts.append(_filled(image_text.get("tile", _TOKENS), places))
+        parts.append(fill_places(image_text.get("tile", _TOKENS), row + 1, column + 1, tile, tokens))
         if column + 1 == plan.columns:
             parts.append(image_text.get("row_end", ""))
     return image_text.get("start", "") + "".join(parts) + image_text.get("end", "")
@@ -122,7 +135,8 @@ def picture_prefix(image_text: dict | None, number: int) -> str:
     return (image_text or {}).get("prefix", "").replace("{number}", str(number))
 
 
-def _filled(template: str, values: dict[str, object]) -> str:
-    for name, value in values.items():
+def fill_places(template: str, row: int, column: int, index: int, tokens: str) -> str:
+    """What is written for the tile at a place, counted from 1."""
+    for name, value in (("{row}", row), ("{column}", column), ("{index}", index), (_TOKENS, tokens)):
         template = template.replace(name, str(value))
     return template

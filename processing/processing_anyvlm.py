@@ -13,13 +13,12 @@ from ..configuration.checkpoint_code import AUTO_MAP, write_checkpoint_code
 from ..configuration.image_views import (
     check_image_views,
     depends_on_pictures,
-    has_newline,
     has_several_views,
     plan_views,
 )
 from ..configuration.instructions import INSTRUCTION_KEYS
 from ..configuration.video_frames import num_video_tokens, takes_clips, video_settings
-from .image_text import check_image_text, has_text_between_views
+from .image_text import check_image_text
 from .instruction_processor import InstructionProcessor
 from .media_order import in_text_order, read_videos
 from .media_views import check_grids, clips_of, picture_tokens_text, take_apart, video_tokens_text
@@ -85,20 +84,10 @@ class AnyVlmProcessor(PromptFormProcessor, PictureTextProcessor, PicturesFirstPr
         **kwargs,
     ):
         check_image_views(image_views)
-        check_image_text(image_text)
+        check_image_text(image_text, image_views, fusion)
         check_prompt_form(prompt_form)
-        if has_newline(image_views) and has_text_between_views(image_text):
-            raise ValueError(
-                "image_text writes something between the views of a picture, whose tokens image_views joins into one map "
-                '("join": "spatial"). Leave out either.'
-            )
         if video_token in image_token or image_token in video_token:
             raise ValueError(f"{image_token!r} and {video_token!r} cannot be told apart. Choose another video_token.")
-        if fusion != "embed" and has_text_between_views(image_text):
-            raise ValueError(
-                f"With fusion={fusion!r} a picture has one token in the text, so image_text can write nothing between its "
-                'views. Leave out all but "token", "start" and "end".'
-            )
         self.image_token, self.video_token = image_token, video_token
         self.pictures_first = pictures_first
         self.prompt_form = prompt_form

@@ -279,6 +279,10 @@ class TestCheck:
         assert code == 0 and "2000x500 pixels: 20 tokens" in out
         code, out, _ = run(capsys, "check", *parts, "--views", "native")
         assert code == 1 and 'views="native" cannot be used' in out
+        code, _, err = run(capsys, "check", *parts, "--image-text", '{"begin": "<img>"}')
+        assert code == 1 and "Unknown keys in image_text: begin" in err
+        code, _, err = run(capsys, "check", *parts, "--image-text", "<img>")
+        assert code == 2 and "no JSON object" in err
         code, _, err = run(capsys, "check", *parts, "--fusion", "gated", "--image-attention", "prefix")
         assert code == 1 and "nothing to act on" in err
 

@@ -194,6 +194,8 @@ REFUSALS = {
         "llama",
         {"projector": {"type": "pixel_shuffle", "scale_factor": 3}},
     ),
+    "text that the tokenizer does not know": lambda: ("dinov2", "llama", {"image_text": {"start": "<img>"}}),
+    "text within a map": lambda: ("dinov2", "llama", {"views": "tiles", "image_text": {"tile": "w1{tokens}"}}),
     "no room for text": lambda: ("dinov2", "llama", {"image_size": 128}),
     "no list of decoder layers": lambda: (
         "dinov2",

@@ -9,7 +9,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 
 import anyvlm
 from anyvlm import CompositionError
-from anyvlm.compatibility.native_cases import native_cases
+from anyvlm.compatibility import tiny_configs
+from anyvlm.compatibility.native_cases import case_tokenizer, native_cases
+from anyvlm.compatibility.native_cases.cohere_vision import AYA_TOKENS
+from anyvlm.compatibility.native_cases.idefics3 import TOKENS as IDEFICS3_TOKENS
 from anyvlm.compatibility.native_checks import build_native
 from anyvlm.composition.native.equality import logits_of, prompt, sample_picture
 
@@ -41,6 +44,76 @@ def test_a_composed_model_becomes_a_llava_that_loads_anywhere(vision, text, sett
     assert type(loaded) is LlavaForConditionalGeneration
     assert torch.equal(_inputs(loaded_processor)["input_ids"], _inputs(processor)["input_ids"])
     assert float((logits_of(loaded, _inputs(loaded_processor)) - expected).abs().max()) <= 1e-5
+
+
+AYA_TEXT = {
+    "token": "<|IMG_PATCH|>",
+    "start": "<|START_OF_IMG|>",
+    "end": "<|END_OF_IMG|>",
+    "tile": "TILE_{index}{tokens}",
+    "whole": "TILE_GLOBAL{tokens}",
+}
+IDEFICS3_TEXT = {
+    "tile": "<fake_token_around_image><row_{row}_col_{column}>{tokens}",
+    "row_end": "\n",
+    "whole": "\n<fake_token_around_image><global-img>{tokens}<fake_token_around_image>",
+    "whole_alone": "<fake_token_around_image><global-img>{tokens}<fake_token_around_image>",
+}
+GATED = {
+    "type": "pixel_shuffle",
+    "scale_factor": 2,
+    "gated": True,
+    "hidden_act": "silu",
+    "hidden_features": 24,
+    "norm": "layer_norm",
+}
+
+
+@pytest.mark.parametrize(
+    ("class_name", "vision", "tokens", "settings"),
+    [
+        (
+            "AyaVisionForConditionalGeneration",
+            "siglip_vision_model",
+            AYA_TOKENS,
+            {
+                "projector": GATED,
+                "views": {"type": "tiles", "layout": "dynamic", "max_tiles": 6},
+                "image_text": AYA_TEXT,
+                "vision_feature_layer": -2,
+            },
+        ),
+        (
+            "Idefics3ForConditionalGeneration",
+            "idefics3_vision",
+            IDEFICS3_TOKENS,
+            {
+                "projector": {"type": "pixel_shuffle", "scale_factor": 2, "num_layers": 1, "bias": False},
+                "views": {"type": "tiles", "layout": "split", "longest_edge": 96},
+                "image_text": IDEFICS3_TEXT,
+                "image_size": 32,
+            },
+        ),
+    ],
+)
+def test_a_composed_model_with_tiles_and_their_text_becomes_a_native_one(
+    class_name, vision, tokens, settings, tmp_path
+):
+    tokenizer = case_tokenizer(*tokens)
+    model, processor = compose(tiny_configs.vision_config(vision), "llama", tokenizer=tokenizer, **settings)
+    make_sensitive(model)
+    native, native_processor = anyvlm.to_native(model, processor)
+    assert type(native).__name__ == class_name
+    native.save_pretrained(tmp_path)
+    native_processor.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    for size in ((40, 30), (64, 96), (33, 90)):
+        pictures = {"images": [[sample_picture(*size)]], "return_tensors": "pt"}
+        native_inputs = native_processor(text=[prompt(processor, 1)], **pictures)
+        ours = processor(text=[prompt(processor, 1)], **pictures)
+        assert torch.equal(native_inputs["input_ids"], ours["input_ids"])
+        expected = logits_of(model, ours)
+        assert float((logits_of(loaded, native_inputs) - expected).abs().max()) <= 1e-5
 
 
 def _refusal(*arguments, **settings) -> str:
