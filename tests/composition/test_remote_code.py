@@ -58,7 +58,7 @@ class RemotePartTester(ComposedModelTester):
     load_arguments = {"trust_remote_code": True}
 
     def __init__(self, folder: Path, language_model: str):
-        self.new_tokens = 6
+        self.new_tokens, self.picture_size = 6, (50, 40)
         self.bare_language_model = load_reference(folder / language_model, language_model)
         self.model, self.processor = compose_remote(folder, language_model)
         with torch.no_grad():  # so that a tiny model with random weights tells pictures apart
