@@ -54,7 +54,7 @@ def main(
         task = progress.add_task("", total=len(cases))
         for case in cases:
             progress.update(task, description=case.name)
-            result = check_case(case)
+            result = check_case(case, SEEDS)
             results.append((case, result))
             for problem in result.problems:
                 console.print(f"[red]{case.name}: {problem}", highlight=False)

