@@ -1,20 +1,23 @@
 """What a language model can do by itself: the oracle for what a composed model may lack."""
 
 import inspect
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 
 @torch.no_grad()
-def bare_padding_works(language_model: nn.Module, side: str, tolerance: float = 1e-4) -> bool:
-    """Whether a language model by itself gives a padded text the logits of the text alone, as ids and as embeddings,
-    and a left-padded one the same answer.
+def bare_padding_works(
+    language_model: nn.Module, side: str, lengths: Sequence[int] = (4, 9), tolerance: float = 1e-4
+) -> bool:
+    """Whether a language model by itself gives padded texts of these lengths the logits of each text alone, as ids and as
+    embeddings, and left-padded ones the same answers.
 
     With positions that do not count padding where the model takes positions: the best that a caller can do.
     """
     parameters = inspect.signature(language_model.forward).parameters
-    texts = [[11, 12, 13, 14], [21, 22, 23, 24, 25, 26, 27, 28, 29]]
+    texts = [[11 + (10 * row + index) % 70 for index in range(length)] for row, length in enumerate(lengths)]
     longest = max(map(len, texts))
     ids = torch.full((len(texts), longest), 3)
     mask = torch.zeros_like(ids)

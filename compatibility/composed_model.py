@@ -17,6 +17,9 @@ from .model_under_test import TEXT_INPUTS, ModelUnderTest, is_tied, require, set
 class ComposedModel(ModelUnderTest):
     """A composed model, the bare language model it was made from, and the checks."""
 
+    #: Set by `check_padding` where texts with pictures are so long that the bare language model cannot pad them either.
+    pads_short_texts_only = False
+
     def check_forward_is_finite(self) -> None:
         logits = self.logits(self.one_picture())
         require(torch.isfinite(logits).all(), "logits are not finite")
@@ -104,6 +107,7 @@ class ComposedModel(ModelUnderTest):
         pictures = [[self.picture(0)], [self.picture(1), self.picture(2)], []]
         singles = [self.inputs([text], own) for text, own in zip(texts, pictures)]
         alone = [self.logits(single)[0] for single in singles]
+        lengths = [single["input_ids"].shape[1] for single in singles]
         refused = []
         for side in ("left", "right"):
             batch = self.inputs(texts, pictures, padding_side=side)
@@ -120,6 +124,9 @@ class ComposedModel(ModelUnderTest):
                 if difference >= tolerance:  # of padding, or of a tower that rounds otherwise in a batch?
                     expected = self._logits_of_encoded(singles[row], encoded[row])
                     difference = _difference(together[row], expected, batch["attention_mask"][row])
+                if difference >= tolerance and not bare_padding_works(self.bare_language_model, side, lengths):
+                    self.pads_short_texts_only = True
+                    return refused
                 require(
                     difference < tolerance, f"{side} padding changes the logits of sample {row} by {difference:.2g}"
                 )

@@ -40,6 +40,7 @@ LEFT_PADDING_ONLY = "left padding only"
 NO_PADDING = "batch of one only"
 #: Sides on which padding is refused -> mark.
 PADDING = {("left",): RIGHT_PADDING_ONLY, ("right",): LEFT_PADDING_ONLY, ("left", "right"): NO_PADDING}
+SHORT_PADDING = "padding of short texts only"
 NO_CACHE = "no cache"
 NO_CHECKPOINTING = "no gradient checkpointing: {}"
 NO_GRID = "no grid"
@@ -49,6 +50,8 @@ MARKS = {
     RIGHT_PADDING_ONLY: "the language model by itself gives other results for a left-padded text, so train with right "
     "padding and generate one sample at a time",
     LEFT_PADDING_ONLY: "the language model by itself gives other results for a right-padded text",
+    SHORT_PADDING: "the language model by itself gives other results for padded texts of this length; attention that "
+    "picks some of the tokens picks padding too",
     NO_PADDING: "the language model by itself gives other results for any padded text",
     NO_CACHE: "the language model by itself generates other tokens with its cache than without, so it goes without",
     NO_CHECKPOINTING.format("tower"): "the tower's class in transformers does not support it",
@@ -190,3 +193,5 @@ def _check_padding(composed: ComposedModel, result: PairResult) -> None:
     refused = composed.check_padding()
     if refused:
         result.marks.append(PADDING[tuple(refused)])
+    if composed.pads_short_texts_only:
+        result.marks.append(SHORT_PADDING)
