@@ -32,7 +32,6 @@ from .native_classes import describe_llava, describe_servers
 from .parts import PartSource
 from .picture_plan import check_context
 from .projector_grid import check_projector_arguments, complete_projector
-from .tokenizers import load_instruction_tokenizer
 from .views import views_settings
 from .vision_part import check_vision_fusion, for_each, vision_sources
 from .weightless_parts import WeightlessPart, source_as_text
@@ -105,9 +104,9 @@ def check(
             dtype = dtype or language_model.model.dtype
             language_model_spec = examine_language_model(language_model, findings)
             token = repeated_token(image_text, image_token)
-            fitted = fit_tokenizer(language_model, tokenizer, text, token, trust_remote_code, findings)
-            if fitted is not None:
-                _, projector_config = load_instruction_tokenizer(None, fitted, projector_config, trust_remote_code)
+            fitted, projector_config = fit_tokenizer(
+                language_model, tokenizer, text, token, projector_config, trust_remote_code, findings
+            )
         checked = examine_vision(
             towers, sources, image_processors, image_size, vision_fusion, trust_remote_code, findings
         )

@@ -19,7 +19,7 @@ from .model_sizes import embedding_width, num_parameters
 from .nearest import nearest_types_to
 from .parts import PartSource, pretrained_name
 from .small_copies import MAX_REAL_PARAMETERS
-from .tokenizers import add_image_token, load_tokenizer, normalise_special_tokens
+from .tokenizers import add_image_token, load_instruction_tokenizer, load_tokenizer, normalise_special_tokens
 from .weightless_parts import WeightlessPart
 
 
@@ -38,15 +38,20 @@ def fit_tokenizer(
     tokenizer: PreTrainedTokenizerBase | str | None,
     source: PartSource,
     image_token: str,
+    projector_config: dict,
     trust_remote_code: bool,
     findings: Findings,
-) -> PreTrainedTokenizerBase | None:
-    """Go through what composing does with the tokenizer, on the model without weights. A copy of it, or `None` if there
-    is none or it is refused."""
+) -> tuple[PreTrainedTokenizerBase | None, dict]:
+    """Go through what composing does with the tokenizer, on the model without weights.
+
+    Returns:
+        A copy of it, or `None` if there is none or it is refused; and the projector's config, with the vocabulary of one
+        that reads.
+    """
     report, language_model = findings.report, part.model
     if tokenizer is None and not pretrained_name(source):
         report.notes.append("Composing needs tokenizer=…: this language model does not say which one it goes with.")
-        return None
+        return None, projector_config
     try:
         try:
             fitted = copy.deepcopy(load_tokenizer(tokenizer, source, trust_remote_code))
@@ -57,8 +62,9 @@ def fit_tokenizer(
                 "Composing needs tokenizer=…: none could be loaded with the language model "
                 f"({str(error).splitlines()[0].rstrip('.')})."
             )
-            return None
+            return None, projector_config
         normalise_special_tokens(fitted, language_model)
+        _, projector_config = load_instruction_tokenizer(None, fitted, projector_config, trust_remote_code)
         rows = language_model.get_input_embeddings().weight.shape[0]
         needed = len(fitted) + (image_token not in fitted.get_vocab())
         if needed > rows:
@@ -66,10 +72,10 @@ def fit_tokenizer(
             language_model.resize_token_embeddings(needed, mean_resizing=False)
         add_image_token(fitted, language_model, image_token)
         report.new_embedding_rows = max(0, needed - rows)
-        return fitted
+        return fitted, projector_config
     except (OSError, ValueError) as error:
         report.reasons.append(str(error))
-        return None
+        return None, projector_config
 
 
 def examine_joined(

@@ -7,11 +7,12 @@ never loaded (`streaming.py`).
 **To add a family**, write `composition/native/<name>.py` with `FAMILIES = (NativeFamily(…),)` and name the module in
 `families.py`; `llava.py` is the example. Four functions translate:
 
-* `read_config(native_config)` gives arguments of `AnyVlmConfig`. Copy the sub-configs (`text_part` for the text's).
+* `read_config(native_config)` gives arguments of `AnyVlmConfig`: the sub-configs (`read_parts` of `pieces.py`) and the rest.
   Projector widths and both specs are measured. Where the class reads the tower otherwise than the probe would,
   `adjust_spec` corrects the spec.
 * `write_config(config)` gives the native config, or raises `Misfit` (`require((holds, "words"), …)`) with each reason why
-  the class cannot be this model. It also sees models that were composed: be strict.
+  the class cannot be this model. It also sees models that were composed: be strict. Conditions that several classes have are
+  in `conditions.py`.
 * `rules(native_config)` lists where keys differ: `Rename` of a key or a prefix (`*` is one component of a name), and where
   tensors are arranged otherwise `concatenated`, `separated`, `transposed`, `reshaped` or a `Rearrange` (`keys.py`). The
   language model needs no rules but `base_prefix` and `head_prefix` (or `causal_prefix`).

@@ -10,7 +10,8 @@ from ...configuration.configuration_anyvlm import AnyVlmConfig
 from ...configuration.instructions import reads_instruction
 from ...processing.processing_anyvlm import AnyVlmProcessor
 from ..errors import CompositionError
-from .family import NativeFamily, plain_embedding, require
+from .conditions import plain_embedding, whole_pictures
+from .family import NativeFamily, require
 from .keys import Rename
 
 
@@ -50,8 +51,7 @@ def _write_config(config_class: type[PreTrainedConfig], config: AnyVlmConfig) ->
         ),
         (config.vision_feature_select_strategy == "full", "its Q-Former sees every token of the tower"),
         (config.vision_feature_layer is None, "its Q-Former sees the tower's last hidden state"),
-        (not spec["any_size"] and spec["inputs"] == "pictures", "its tower takes whole pictures of one size"),
-        (set(spec["call_kwargs"]) <= {"return_dict"}, f"it calls its tower without {spec['call_kwargs']}"),
+        *whole_pictures(spec),
         (
             type(config.vision_config) is config_class.sub_configs["vision_config"],
             f"its tower is a {config_class.sub_configs['vision_config'].model_type}",

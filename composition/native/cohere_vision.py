@@ -1,28 +1,20 @@
 """Aya Vision (Dash et al. 2025) and Cohere2 Vision (Command A Vision): tiles, each announced in the text or ended by a
 token, neighbouring features side by side, and a gated mlp."""
 
-import copy
 import math
 from typing import Any
 
 from transformers import AyaVisionConfig, Cohere2VisionConfig, ProcessorMixin
 
 from ...configuration.configuration_anyvlm import AnyVlmConfig
-from ...configuration.image_tokens import num_tokens_of_grid
 from ...processing.processing_anyvlm import AnyVlmProcessor
 from ..errors import CompositionError
-from .dynamic_tiles import (
-    check_tokens_dropped,
-    dynamic_tiles,
-    for_cut_views,
-    for_whole_pictures,
-    read_dynamic_tiles,
-    require_text,
-    square_tower,
-)
-from .family import Misfit, NativeFamily, embedded_as_text, require, text_part
+from .conditions import check_tokens_dropped, embedded_as_text, require_text, square_tower
+from .dynamic_tiles import dynamic_tiles, for_cut_views, for_whole_pictures, read_dynamic_tiles
+from .family import Misfit, NativeFamily, require
 from .keys import Rename
 from .llava import two_layer_rules
+from .pieces import read_parts, tokens_of_a_view, write_parts
 from .projector_arguments import FREE, projector_arguments, same_projector
 
 
@@ -45,8 +37,7 @@ def _read_aya(native: AyaVisionConfig) -> dict[str, Any]:
     if not isinstance(native.vision_feature_layer, int):
         raise CompositionError("Aya Vision's projector is as wide as one layer of its tower: name one, not several.")
     return {
-        "vision_config": copy.deepcopy(native.vision_config),
-        "text_config": text_part(native),
+        **read_parts(native),
         "projector_config": _gated_projector(native, native.adapter_layer_norm_eps),
         "image_token_id": native.image_token_index,
         "vision_feature_layer": native.vision_feature_layer,
@@ -65,8 +56,7 @@ def _write_aya(config: AnyVlmConfig) -> AyaVisionConfig:
     )
     arguments = projector_arguments(projector)
     return AyaVisionConfig(
-        vision_config=copy.deepcopy(config.vision_config),
-        text_config=copy.deepcopy(config.text_config),
+        **write_parts(config),
         image_token_index=config.image_token_id,
         downsample_factor=arguments["scale_factor"],
         adapter_layer_norm_eps=arguments["norm_eps"],
@@ -74,7 +64,6 @@ def _write_aya(config: AnyVlmConfig) -> AyaVisionConfig:
         # The last hidden state itself; where that is another tensor (siglip's is normed), the logits will tell.
         vision_feature_layer=-1 if layer is None else layer,
         vision_feature_select_strategy="default" if config.vision_tower_spec["num_prefix_tokens"] else "full",
-        tie_word_embeddings=bool(config.text_config.tie_word_embeddings),
     )
 
 
@@ -126,8 +115,7 @@ def _write_aya_processor(processor: AnyVlmProcessor, native: AyaVisionConfig, co
 
 def _read_cohere2(native: Cohere2VisionConfig) -> dict[str, Any]:
     return {
-        "vision_config": copy.deepcopy(native.vision_config),
-        "text_config": text_part(native),
+        **read_parts(native),
         "projector_config": _gated_projector(native, None),
         "image_token_id": native.image_token_id,
     }
@@ -143,12 +131,10 @@ def _write_cohere2(config: AnyVlmConfig) -> Cohere2VisionConfig:
     )
     arguments = projector_arguments(config.projector_config)
     return Cohere2VisionConfig(
-        vision_config=copy.deepcopy(config.vision_config),
-        text_config=copy.deepcopy(config.text_config),
+        **write_parts(config),
         image_token_id=config.image_token_id,
         downsample_factor=arguments["scale_factor"],
         alignment_intermediate_size=2 * arguments["hidden_features"][0],
-        tie_word_embeddings=bool(config.text_config.tie_word_embeddings),
     )
 
 
@@ -171,7 +157,7 @@ def _write_cohere2_processor(processor: AnyVlmProcessor, native: Cohere2VisionCo
     if None in tokens.values():
         raise Misfit(f"its tokenizer names its tokens {', '.join(names)}")
     require_text(processor, _cohere2_text(processor.tokenizer), processor.image_token == tokens["image_token"])
-    tokens_per_tile = num_tokens_of_grid(config.projector_config, config.vision_tower_spec["grid"])
+    tokens_per_tile = tokens_of_a_view(config)
     image_processor = for_whole_pictures(processor, True, "Cohere2VisionImageProcessor")
     # Its processor takes the edge of a tile in tokens for this.
     image_processor.patch_size = math.isqrt(tokens_per_tile)

@@ -10,12 +10,7 @@ from transformers import PreTrainedConfig, ProcessorMixin
 
 from ...configuration.configuration_anyvlm import AnyVlmConfig
 from ...processing.processing_anyvlm import AnyVlmProcessor
-from ..errors import CompositionError
-from .family import Misfit
-
-
-#: Settings of every image processor that say what it makes of pixels.
-COLOURS = ("resample", "image_mean", "image_std", "do_rescale", "rescale_factor", "do_normalize")
+from .colours import colours_of
 
 
 def read_dynamic_tiles(fit: str) -> Callable[[PreTrainedConfig, ProcessorMixin], dict | None]:
@@ -72,37 +67,5 @@ def for_whole_pictures(processor: AnyVlmProcessor, cuts: bool, class_name: str =
         min_patches=views.get("min_tiles", 1),
         max_patches=views.get("max_tiles", 1),
         crop_to_patches=cuts,
-        **{name: getattr(ours, name) for name in COLOURS},
+        **colours_of(ours),
     )
-
-
-def square_tower(config: AnyVlmConfig, beside: tuple[tuple[int, int], ...]) -> list[tuple[bool, str]]:
-    spec = config.vision_tower_spec
-    found = spec["num_prefix_tokens"], spec["num_suffix_tokens"]
-    return [
-        (spec["layout"] == "sequence", f"its tower gives a sequence of tokens, not {spec['layout']!r}"),
-        (spec["inputs"] in ("pictures", "padded_pictures"), "its tower takes whole pictures"),
-        (spec["grid"][0] == spec["grid"][1], f"its grids are square, not {spec['grid']}"),
-        (found in beside, f"tokens beside the patches are one of {beside}, not {found}"),
-        (set(spec["call_kwargs"]) <= {"return_dict"}, f"it calls its tower without {spec['call_kwargs']}"),
-    ]
-
-
-def check_tokens_dropped(native: PreTrainedConfig, spec: dict[str, Any]) -> dict[str, Any]:
-    """The classes drop the first token or none as the config says, whatever the tower's tokens are.
-
-    Raises:
-        CompositionError: what is left would be no square of patches.
-    """
-    wanted = (1, 0) if native.vision_feature_select_strategy == "default" else (0, 0)
-    if (spec["num_prefix_tokens"], spec["num_suffix_tokens"]) != wanted:
-        raise CompositionError(
-            f"vision_feature_select_strategy={native.vision_feature_select_strategy!r} drops {wanted[0]} tokens, but of "
-            f"this tower {spec['num_prefix_tokens']} before and {spec['num_suffix_tokens']} after the patches are none."
-        )
-    return spec
-
-
-def require_text(processor: AnyVlmProcessor, text: dict[str, Any], also: bool = True) -> None:
-    if not also or (processor.image_text or {}) != text:
-        raise Misfit(f"its processor writes {text} around the tokens of a picture, not {processor.image_text}")

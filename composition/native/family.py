@@ -1,6 +1,5 @@
 """What a native family declares. Everything else is the engine's."""
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -74,35 +73,8 @@ class NativeFamily:
         return [name for name in self.processor_needs if find_spec(name) is None]
 
 
-def text_part(native_config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy of the text config that ties its embeddings if the native model does: there the whole config decides."""
-    text_config = copy.deepcopy(native_config.text_config)
-    text_config.tie_word_embeddings = bool(native_config.tie_word_embeddings)
-    return text_config
-
-
 def require(*conditions: tuple[bool, str]) -> None:
     """Raise `Misfit` with the words of every condition that does not hold."""
     broken = [words for holds, words in conditions if not holds]
     if broken:
         raise Misfit("; ".join(broken))
-
-
-def embedded_as_text(config: AnyVlmConfig) -> list[tuple[bool, str]]:
-    """Conditions of every class that puts pictures into the text, as text."""
-    return [
-        (config.fusion == "embed", f"fusion is {config.fusion!r}, not 'embed'"),
-        (config.image_attention == "causal", f"image_attention is {config.image_attention!r}, not 'causal'"),
-    ]
-
-
-def plain_embedding(config: AnyVlmConfig) -> list[tuple[bool, str]]:
-    """Conditions of every class that puts one picture of one size into the text, as text."""
-    image_views = config.image_views
-    return [
-        *embedded_as_text(config),
-        (
-            image_views is None or image_views["type"] == "resize",
-            f"a picture becomes several views ({image_views and image_views['type']!r})",
-        ),
-    ]

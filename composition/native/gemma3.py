@@ -15,9 +15,10 @@ from ...configuration.image_tokens import num_tokens_of_grid
 from ...configuration.image_views import check_image_views
 from ...modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
 from ...processing.processing_anyvlm import AnyVlmProcessor
-from .dynamic_tiles import require_text, square_tower
-from .family import NativeFamily, require, text_part
+from .conditions import require_text, square_tower
+from .family import NativeFamily, require
 from .keys import Rename, Rule, transposed
+from .pieces import text_part, write_parts
 from .projector_arguments import FREE, projector_arguments, same_projector
 
 
@@ -106,11 +107,9 @@ def _write(config: AnyVlmConfig) -> Gemma3Config:
     side, ratio = config.vision_tower_spec["grid"][0], projector_arguments(config.projector_config)["ratio"] or 2
     require((side // max(side // ratio, 1) == ratio, f"it cannot take the mean of {ratio} of {side} features"))
     return Gemma3Config(
-        vision_config=copy.deepcopy(config.vision_config),
-        text_config=copy.deepcopy(config.text_config),
+        **write_parts(config),
         mm_tokens_per_image=num_tokens_of_grid(config.projector_config, (side, side)),
         image_token_index=config.image_token_id,
-        tie_word_embeddings=bool(config.text_config.tie_word_embeddings),
     )
 
 

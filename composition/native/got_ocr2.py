@@ -1,17 +1,17 @@
 """GOT-OCR 2.0 (Wei et al. 2024): a tower of windows, two convolutions and a matrix, one view of a page."""
 
-import copy
 from typing import Any
 
 from transformers import GotOcr2Config, ProcessorMixin
 
 from ...configuration.configuration_anyvlm import AnyVlmConfig
-from ...configuration.image_tokens import num_tokens_of_grid
 from ...processing.processing_anyvlm import AnyVlmProcessor
 from ..errors import CompositionError
-from .dynamic_tiles import for_cut_views, for_whole_pictures, require_text
-from .family import NativeFamily, plain_embedding, require, text_part
+from .conditions import plain_embedding, require_text
+from .dynamic_tiles import for_cut_views, for_whole_pictures
+from .family import NativeFamily, require
 from .keys import Rename
+from .pieces import read_parts, tokens_of_a_view, write_parts
 from .projector_arguments import same_projector
 
 
@@ -23,8 +23,7 @@ _TOKENS = 256
 
 def _read_config(native: GotOcr2Config) -> dict[str, Any]:
     return {
-        "vision_config": copy.deepcopy(native.vision_config),
-        "text_config": text_part(native),
+        **read_parts(native),
         "projector_config": dict(_PROJECTOR),
         "image_token_id": native.image_token_index,
         "image_size": (native.vision_config.image_size,) * 2,
@@ -39,11 +38,9 @@ def _write_config(config: AnyVlmConfig) -> GotOcr2Config:
         (config.vision_feature_layer is None, "it reads the last map of its tower"),
     )
     return GotOcr2Config(
-        vision_config=copy.deepcopy(config.vision_config),
-        text_config=copy.deepcopy(config.text_config),
+        **write_parts(config),
         image_token_index=config.image_token_id,
-        image_seq_length=num_tokens_of_grid(config.projector_config, config.vision_tower_spec["grid"]),
-        tie_word_embeddings=bool(config.text_config.tie_word_embeddings),
+        image_seq_length=tokens_of_a_view(config),
     )
 
 
@@ -56,25 +53,21 @@ def _rules(native: GotOcr2Config) -> list[Rename]:
     ]
 
 
-def _tokens_per_view(config: AnyVlmConfig) -> int:
-    return num_tokens_of_grid(config.projector_config, config.vision_tower_spec["grid"])
-
-
 def _read_processor(native: ProcessorMixin, config: AnyVlmConfig) -> dict[str, Any]:
     """Cutting a page into tiles is asked for with each call there; what it does unasked is one view."""
     # In transformers 5.20 the number is a default of its call and no attribute.
     written = getattr(native, "num_image_tokens", _TOKENS)
-    if written != _tokens_per_view(config):
+    if written != tokens_of_a_view(config):
         raise CompositionError(
-            f"The processor writes {written} tokens for a view, of which the model makes "
-            f"{_tokens_per_view(config)}. Set processor.num_image_tokens."
+            f"The processor writes {written} tokens for a view, of which the model makes {tokens_of_a_view(config)}. Set "
+            "processor.num_image_tokens to that."
         )
     return {"image_processor": for_cut_views(native.image_processor), "image_token": native.image_token}
 
 
 def _write_processor(processor: AnyVlmProcessor, native: GotOcr2Config, config: AnyVlmConfig) -> dict[str, Any]:
     require_text(processor, {}, processor.image_token == "<imgpad>")
-    tokens = _tokens_per_view(config)
+    tokens = tokens_of_a_view(config)
     require((tokens == _TOKENS, f"its processor writes {_TOKENS} tokens for a view, not {tokens}"))
     return {"image_processor": for_whole_pictures(processor, False)}
 

@@ -9,10 +9,11 @@ from transformers import Idefics2Config, Idefics2ImageProcessorPil, ProcessorMix
 from ...configuration.configuration_anyvlm import AnyVlmConfig
 from ...processing.processing_anyvlm import AnyVlmProcessor
 from ..errors import CompositionError
-from .dynamic_tiles import COLOURS, require_text
-from .family import NativeFamily, embedded_as_text, require, text_part
+from .colours import colours_of
+from .conditions import embedded_as_text, require_text
+from .family import NativeFamily, require
 from .keys import Rename, Rule, concatenated
-from .mistral3 import example_size
+from .pieces import example_size, read_parts, write_parts
 from .projector_arguments import FREE, projector_arguments, same_projector
 
 
@@ -44,8 +45,7 @@ def _projector(width: int, hidden_act: str, input_projection: dict[str, Any], **
 def _read_config(native: Idefics2Config) -> dict[str, Any]:
     text, perceiver = native.text_config, native.perceiver_config
     return {
-        "vision_config": copy.deepcopy(native.vision_config),
-        "text_config": text_part(native),
+        **read_parts(native),
         "projector_config": _projector(
             perceiver.hidden_size,
             perceiver.hidden_act,
@@ -89,8 +89,7 @@ def _write_config(config: AnyVlmConfig) -> Idefics2Config:
         *((isinstance(found[name], (int, float)), f"its projector states {name}") for name in names),
     )
     return Idefics2Config(
-        vision_config=copy.deepcopy(config.vision_config),
-        text_config=copy.deepcopy(text),
+        **write_parts(config),
         perceiver_config={
             "hidden_act": hidden_act,
             "hidden_size": width,
@@ -102,7 +101,6 @@ def _write_config(config: AnyVlmConfig) -> Idefics2Config:
             "num_key_value_heads": found["num_key_value_heads"],
         },
         image_token_id=config.image_token_id,
-        tie_word_embeddings=bool(text.tie_word_embeddings),
     )
 
 
@@ -162,7 +160,7 @@ def _write_processor(processor: AnyVlmProcessor, native: Idefics2Config, config:
         "image_processor": Idefics2ImageProcessorPil(
             size=edges,
             do_image_splitting=views.get("cut", True),
-            **{name: getattr(processor.image_processor, name) for name in COLOURS},
+            **colours_of(processor.image_processor),
         ),
         "image_seq_len": native.perceiver_config.resampler_n_latents,
     }

@@ -1,7 +1,6 @@
 """Idefics3 (Laurençon et al. 2024) and SmolVLM (Marafioti et al. 2025): a grid of tiles and the whole picture, named by row
 and column in the text; neighbouring features side by side, and one matrix."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,17 +9,17 @@ from transformers import (
     Idefics3ImageProcessorPil,
     PreTrainedConfig,
     ProcessorMixin,
-    SiglipImageProcessorPil,
     SmolVLMImageProcessorPil,
 )
 
 from ...configuration.configuration_anyvlm import AnyVlmConfig
-from ...configuration.image_tokens import num_tokens_of_grid
 from ...processing.processing_anyvlm import AnyVlmProcessor
 from ..errors import CompositionError
-from .dynamic_tiles import COLOURS, require_text, square_tower
-from .family import NativeFamily, embedded_as_text, require, text_part
+from .colours import colours_of, for_views
+from .conditions import embedded_as_text, require_text, square_tower
+from .family import NativeFamily, require
 from .keys import Rename
+from .pieces import read_parts, tokens_of_a_view, write_parts
 from .projector_arguments import FREE, projector_arguments, same_projector
 
 
@@ -41,8 +40,7 @@ def _read(native: PreTrainedConfig) -> dict[str, Any]:
     projector = _projector(native.scale_factor)
     del projector["hidden_act"]  # of one layer there is none
     return {
-        "vision_config": copy.deepcopy(native.vision_config),
-        "text_config": text_part(native),
+        **read_parts(native),
         "projector_config": projector,
         "image_token_id": native.image_token_id,
         "image_size": (native.vision_config.image_size,) * 2,
@@ -82,12 +80,10 @@ def _writer(config_class: str, vision_type: str) -> Callable[[AnyVlmConfig], Pre
             (config.vision_feature_layer is None, "it reads the last hidden state of its tower"),
         )
         return getattr(transformers, config_class)(
-            vision_config=copy.deepcopy(config.vision_config),
-            text_config=copy.deepcopy(config.text_config),
+            **write_parts(config),
             image_token_id=config.image_token_id,
             scale_factor=projector_arguments(config.projector_config)["scale_factor"],
             pad_token_id=config.text_config.pad_token_id,
-            tie_word_embeddings=bool(config.text_config.tie_word_embeddings),
         )
 
     return write
@@ -101,12 +97,9 @@ def _rules(native: PreTrainedConfig) -> list[Rename]:
 
 
 def _read_processor(native: ProcessorMixin, config: AnyVlmConfig) -> dict[str, Any]:
-    edge, colours = config.image_views["tile_size"][0], native.image_processor
     return {
-        # The native one hands views on in a list for each text. For views that are cut already a plain one does.
-        "image_processor": SiglipImageProcessorPil(
-            size={"height": edge, "width": edge}, **{name: getattr(colours, name) for name in COLOURS}
-        ),
+        # The native one hands views on in a list for each text.
+        "image_processor": for_views(native.image_processor, config.image_views["tile_size"]),
         "image_token": native.image_token,
         "image_text": _TEXT,
     }
@@ -120,9 +113,9 @@ def _write_processor(processor: AnyVlmProcessor, config: AnyVlmConfig, image_pro
             size={"longest_edge": views["longest_edge"]},
             max_image_size={"longest_edge": views["tile_size"][0]},
             do_image_splitting=views.get("cut", True),
-            **{name: getattr(processor.image_processor, name) for name in COLOURS},
+            **colours_of(processor.image_processor),
         ),
-        "image_seq_len": num_tokens_of_grid(config.projector_config, config.vision_tower_spec["grid"]),
+        "image_seq_len": tokens_of_a_view(config),
     }
 
 

@@ -23,7 +23,7 @@ from .equality import compare_on_a_sample
 from .families import family_of
 from .family import NativeFamily
 from .keys import OURS
-from .logits import are_plain, remove_scales, removed_scales
+from .logits import remove_scales, removed_scales, require_plain
 from .weights import build_empty, language_model_rules, put_weights, translate
 
 
@@ -58,10 +58,8 @@ def from_native(
     put_weights(vision_tower, tensors.part("vision_tower."), "the vision tower")
     put_weights(language_model, tensors.part("language_model."), "the language model")
     language_model.generation_config = copy.deepcopy(model.generation_config)
-    if family.plain_logits and not are_plain(language_model):
-        raise CompositionError(
-            f"{type(language_model).__name__} changes the logits that its head gives, and {family.model_class} does not."
-        )
+    if family.plain_logits:
+        require_plain(language_model, family.model_class)
 
     spec = probe_vision_tower(
         vision_tower, size, pieces.get("vision_feature_layer"), pieces.get("vision_feature_select_strategy", "default")

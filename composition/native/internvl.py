@@ -1,27 +1,19 @@
 """InternVL 3 (Zhu et al. 2025): tiles and the whole picture, four neighbouring features side by side, a normed mlp."""
 
-import copy
 from typing import Any
 
 import transformers
 from transformers import InternVLConfig, ProcessorMixin
 
 from ...configuration.configuration_anyvlm import AnyVlmConfig
-from ...configuration.image_tokens import num_tokens_of_grid
 from ...processing.processing_anyvlm import AnyVlmProcessor
 from ..errors import CompositionError
-from .dynamic_tiles import (
-    check_tokens_dropped,
-    dynamic_tiles,
-    for_cut_views,
-    for_whole_pictures,
-    read_dynamic_tiles,
-    require_text,
-    square_tower,
-)
-from .family import NativeFamily, embedded_as_text, require, text_part
+from .conditions import check_tokens_dropped, embedded_as_text, require_text, square_tower
+from .dynamic_tiles import dynamic_tiles, for_cut_views, for_whole_pictures, read_dynamic_tiles
+from .family import NativeFamily, require
 from .keys import Rename
 from .llava import two_layer_rules
+from .pieces import read_parts, tokens_of_a_view, write_parts
 from .projector_arguments import FREE, projector_arguments, same_projector
 
 
@@ -38,8 +30,7 @@ def _read(native: InternVLConfig) -> dict[str, Any]:
     if not isinstance(native.vision_feature_layer, int):
         raise CompositionError("InternVL reads one layer of its tower: name one, not several.")
     return {
-        "vision_config": copy.deepcopy(native.vision_config),
-        "text_config": text_part(native),
+        **read_parts(native),
         "projector_config": _projector(native),
         "image_token_id": native.image_token_id,
         # -1 is the last hidden state, with the norm that may follow the last layer.
@@ -63,15 +54,13 @@ def _write(config: AnyVlmConfig) -> InternVLConfig:
     require((factor & (factor - 1) == 0, f"its scale_factor is a power of two, not {factor}"))
     last = config.vision_config.num_hidden_layers
     return InternVLConfig(
-        vision_config=copy.deepcopy(config.vision_config),
-        text_config=copy.deepcopy(config.text_config),
+        **write_parts(config),
         image_token_id=config.image_token_id,
-        image_seq_length=num_tokens_of_grid(projector, config.vision_tower_spec["grid"]),
+        image_seq_length=tokens_of_a_view(config),
         downsample_ratio=1 / factor,
         projector_hidden_act=arguments["hidden_act"],
         vision_feature_layer=-1 if layer is None else last if layer == -1 else layer,
         vision_feature_select_strategy="default",
-        tie_word_embeddings=bool(config.text_config.tie_word_embeddings),
     )
 
 

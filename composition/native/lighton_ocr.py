@@ -1,22 +1,21 @@
 """LightOnOCR (LightOn 2025): Mistral 3's tower and projector with another language model, its tokens in one run."""
 
-import copy
 from typing import Any
 
 from transformers import LightOnOcrConfig
 
 from ...configuration.configuration_anyvlm import AnyVlmConfig
 from ...processing.processing_anyvlm import AnyVlmProcessor
-from .family import NativeFamily, require, text_part
+from .family import NativeFamily, require
 from .keys import Rename
-from .mistral3 import example_size, merger_config, merger_rules, require_merger
+from .mistral3 import merger_config, merger_rules, require_merger
+from .pieces import example_size, read_parts, write_parts
 from .projector_arguments import FREE
 
 
 def _read_config(native: LightOnOcrConfig) -> dict[str, Any]:
     return {
-        "vision_config": copy.deepcopy(native.vision_config),
-        "text_config": text_part(native),
+        **read_parts(native),
         # Its processor makes edges multiples of a patch, and not of a square of patches.
         "projector_config": merger_config(native, bias=False, crop=True),
         "image_token_id": native.image_token_id,
@@ -28,11 +27,9 @@ def _write_config(config: AnyVlmConfig) -> LightOnOcrConfig:
     projector = require_merger(config, bias=False, crop=FREE)
     require((config.vision_feature_layer in (None, -1), "it reads the tower's last layer"))
     return LightOnOcrConfig(
-        vision_config=copy.deepcopy(config.vision_config),
-        text_config=copy.deepcopy(config.text_config),
+        **write_parts(config),
         image_token_id=config.image_token_id,
         spatial_merge_size=projector["scale_factor"],
-        tie_word_embeddings=bool(config.text_config.tie_word_embeddings),
     )
 
 

@@ -1,6 +1,5 @@
 """LLaVA (Liu et al. 2023) and its nearest kin: a tower, two linear maps, image tokens among the text's."""
 
-import copy
 import inspect
 import math
 from collections.abc import Callable
@@ -12,15 +11,16 @@ from ...configuration.configuration_anyvlm import AnyVlmConfig
 from ...modeling.picture_inputs import picture_kinds
 from ...modeling.vision_towers import vision_tower_class
 from ...processing.processing_anyvlm import AnyVlmProcessor
-from .family import NativeFamily, plain_embedding, require, text_part
+from .conditions import plain_embedding, whole_pictures
+from .family import NativeFamily, require
 from .keys import Rename
+from .pieces import read_parts, write_parts
 from .projector_arguments import FREE, projector_arguments, same_projector
 
 
 def read_two_layers(native: PreTrainedConfig) -> dict[str, Any]:
     return {
-        "vision_config": copy.deepcopy(native.vision_config),
-        "text_config": text_part(native),
+        **read_parts(native),
         "projector_config": {
             "type": "mlp",
             "num_layers": 2,
@@ -51,18 +51,16 @@ def takes_sizes(native: LlavaConfig) -> bool:
     )
 
 
-def write_parts(config: AnyVlmConfig) -> dict[str, Any]:
+def write_llava_parts(config: AnyVlmConfig) -> dict[str, Any]:
     """What the configs of all classes here have in common; the last hidden state is the last of the hidden states (where
     it is another tensor, as siglip's normed one, the logits will tell)."""
     layer = config.vision_feature_layer
     return {
-        "vision_config": copy.deepcopy(config.vision_config),
-        "text_config": copy.deepcopy(config.text_config),
+        **write_parts(config),
         "image_token_index": config.image_token_id,
         "image_seq_length": math.prod(config.vision_tower_spec["grid"]),
         "projector_hidden_act": projector_arguments(config.projector_config).get("hidden_act"),
         "vision_feature_layer": -1 if layer is None else layer,
-        "tie_word_embeddings": bool(config.text_config.tie_word_embeddings),
     }
 
 
@@ -84,8 +82,7 @@ def two_layers(
         *embedding(config),
         *same_projector(projector, {**two, **expected}),
         (projector["out_features"] == width, f"its projector gives tokens of the text config's width {width}"),
-        (not spec["any_size"] and spec["inputs"] == "pictures", "its tower takes whole pictures of one size"),
-        (set(spec["call_kwargs"]) <= {"return_dict"}, f"it calls its tower without {spec['call_kwargs']}"),
+        *whole_pictures(spec),
     ]
 
 
@@ -106,7 +103,7 @@ def _write_config(config: AnyVlmConfig) -> LlavaConfig:
         (beside in ((1, 0), (0, 0)), f"it drops one token before the patches or none, not {beside}"),
     )
     return LlavaConfig(
-        **write_parts(config),
+        **write_llava_parts(config),
         multimodal_projector_bias=projector_arguments(config.projector_config)["bias"],
         vision_feature_select_strategy="default" if beside == (1, 0) else "full",
     )
@@ -164,8 +161,7 @@ LLAVA = NativeFamily(
 def _read_vipllava(native: VipLlavaConfig) -> dict[str, Any]:
     layer = native.vision_feature_layers  # before transformers 5.23 its only name
     return {
-        "vision_config": copy.deepcopy(native.vision_config),
-        "text_config": text_part(native),
+        **read_parts(native),
         "projector_config": {
             "type": "mlp",
             "num_layers": 2,
@@ -185,7 +181,7 @@ def _write_vipllava(config: AnyVlmConfig) -> VipLlavaConfig:
         _is_sequence(config),
         (beside == (1, 0), f"it drops one token before the patches, not {beside}"),
     )
-    parts = write_parts(config)
+    parts = write_llava_parts(config)
     layers = parts.pop("vision_feature_layer")
     return VipLlavaConfig(
         **parts,
@@ -215,10 +211,8 @@ VIPLLAVA = NativeFamily(
 
 def _read_fast_vlm(native: FastVlmConfig) -> dict[str, Any]:
     pieces = read_two_layers(native)
-    del (
-        pieces["vision_feature_layer"],
-        pieces["vision_feature_select_strategy"],
-    )  # the one it allows: the last map, whole
+    for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+        del pieces[name]  # it allows one of each: the last map, whole
     return pieces
 
 
@@ -236,7 +230,7 @@ def _write_fast_vlm(config: AnyVlmConfig) -> FastVlmConfig:
         ),
     )
     return FastVlmConfig(
-        **write_parts(config),
+        **write_llava_parts(config),
         multimodal_projector_bias=projector_arguments(config.projector_config)["bias"],
         vision_feature_select_strategy="full",
     )

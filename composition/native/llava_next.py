@@ -13,16 +13,16 @@ from transformers import (
     LlavaOnevisionImageProcessorPil,
     PreTrainedConfig,
     ProcessorMixin,
-    SiglipImageProcessorPil,
 )
 
 from ...configuration.configuration_anyvlm import AnyVlmConfig
 from ...processing.processing_anyvlm import AnyVlmProcessor
 from ..errors import CompositionError
-from .dynamic_tiles import COLOURS, check_tokens_dropped, require_text, square_tower
-from .family import NativeFamily, embedded_as_text, require
+from .colours import colours_of, for_views
+from .conditions import check_tokens_dropped, embedded_as_text, require_text, square_tower
+from .family import NativeFamily, require
 from .keys import Rename
-from .llava import read_two_layers, two_layer_rules, two_layers, write_parts
+from .llava import read_two_layers, two_layer_rules, two_layers, write_llava_parts
 from .projector_arguments import FREE, projector_arguments
 
 
@@ -89,7 +89,7 @@ def _conditions(config: AnyVlmConfig) -> list[tuple[bool, str]]:
 
 def _arguments(config: AnyVlmConfig) -> dict[str, Any]:
     return {
-        **write_parts(config),
+        **write_llava_parts(config),
         "multimodal_projector_bias": projector_arguments(config.projector_config)["bias"],
         "vision_feature_select_strategy": "default" if config.vision_tower_spec["num_prefix_tokens"] else "full",
         "image_grid_pinpoints": [list(pinpoint) for pinpoint in config.image_views["pinpoints"]],
@@ -126,13 +126,8 @@ def _rules(native: PreTrainedConfig) -> list[Rename]:
 
 
 def _read_processor(native: ProcessorMixin, config: AnyVlmConfig) -> dict[str, Any]:
-    height, width = config.image_views["tile_size"]
     return {
-        # The native one cuts by itself. For views that are cut already a plain one does.
-        "image_processor": SiglipImageProcessorPil(
-            size={"height": height, "width": width},
-            **{name: getattr(native.image_processor, name) for name in COLOURS},
-        ),
+        "image_processor": for_views(native.image_processor, config.image_views["tile_size"]),
         "image_token": native.image_token,
     }
 
@@ -140,7 +135,7 @@ def _read_processor(native: ProcessorMixin, config: AnyVlmConfig) -> dict[str, A
 def _image_processor(processor: AnyVlmProcessor, image_processor_class: type, **settings) -> Any:
     return image_processor_class(
         image_grid_pinpoints=copy.deepcopy(processor.image_views["pinpoints"]),
-        **{name: getattr(processor.image_processor, name) for name in COLOURS},
+        **colours_of(processor.image_processor),
         **settings,
     )
 
@@ -169,7 +164,7 @@ def _write_onevision_processor(processor: AnyVlmProcessor, native: LlavaOnevisio
     size = {"height": height, "width": width}
     background = [int(colour * 255) for colour in processor.image_processor.image_mean]
     require((processor.image_views["background"] == background, "it lays pictures on their mean colour"))
-    colours = {name: getattr(processor.image_processor, name) for name in COLOURS}
+    colours = colours_of(processor.image_processor)
     return {
         "image_processor": _image_processor(processor, LlavaOnevisionImageProcessorPil, size=size),
         # Videos are none of ours, but its processor insists on one for them.

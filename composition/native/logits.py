@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...modeling.language_models import base_language_model
+from ..errors import CompositionError
 from ..language_model_probe import plain_words
 from ..running import in_mode
 
@@ -68,3 +69,17 @@ def are_plain(language_model: PreTrainedModel) -> bool:
         and bool((logits == seen["replaced"]).all())
         and bool(torch.equal(seen["head"], seen["base"]))
     )
+
+
+def require_plain(language_model: PreTrainedModel, class_name: str) -> None:
+    """Refuse to import a language model whose logits are not its head's output.
+
+    Raises:
+        CompositionError: `class_name`, which takes that output as it is, gave other logits.
+    """
+    if not are_plain(language_model):
+        raise CompositionError(
+            f"{type(language_model).__name__} changes the logits that its head gives, and {class_name} does not, so the "
+            "converted model would not be equal. To have the parts all the same, compose them with anyvlm.compose and "
+            "train the projector."
+        )

@@ -11,10 +11,11 @@ from transformers import MiniCPMV4_6Config, MiniCPMV4_6ImageProcessorPil, Proces
 from ...configuration.configuration_anyvlm import AnyVlmConfig
 from ...processing.processing_anyvlm import AnyVlmProcessor
 from ..errors import CompositionError
-from .dynamic_tiles import COLOURS
-from .family import Misfit, NativeFamily, embedded_as_text, require, text_part
+from .colours import colours_of
+from .conditions import embedded_as_text
+from .family import Misfit, NativeFamily, require
 from .keys import Rename
-from .mistral3 import example_size
+from .pieces import example_size, read_parts, write_parts
 from .projector_arguments import same_projector
 
 
@@ -58,10 +59,11 @@ def _read_config(native: MiniCPMV4_6Config) -> dict[str, Any]:
             "and of (2, 2) is what can be converted."
         )
     if native.downsample_mode not in _PATCHES:
-        raise CompositionError(f"Unknown downsample_mode {native.downsample_mode!r}.")
+        raise CompositionError(
+            f"Unknown downsample_mode {native.downsample_mode!r}. Set it to one of: {', '.join(_PATCHES)}."
+        )
     return {
-        "vision_config": copy.deepcopy(native.vision_config),
-        "text_config": text_part(native),
+        **read_parts(native),
         "projector_config": _projector(native.vision_config.hidden_size),
         "image_token_id": native.image_token_id,
         "image_size": example_size(native.vision_config, _PATCHES["16x"]),
@@ -92,12 +94,10 @@ def _write_config(config: AnyVlmConfig) -> MiniCPMV4_6Config:
     )
     require((views.get("unit") == unit, f"the sizes of its slices are multiples of {unit} pixels"))
     return MiniCPMV4_6Config(
-        vision_config=copy.deepcopy(config.vision_config),
-        text_config=copy.deepcopy(config.text_config),
+        **write_parts(config),
         insert_layer_id=config.vision_config.insert_layer_id,
         image_token_id=config.image_token_id,
         downsample_mode=mode,
-        tie_word_embeddings=bool(config.text_config.tie_word_embeddings),
     )
 
 
@@ -167,7 +167,7 @@ def _write_processor(processor: AnyVlmProcessor, native: MiniCPMV4_6Config, conf
         "downsample_mode": native.downsample_mode,
         "use_image_id": numbered,
     }
-    colours = {name: getattr(processor.image_processor, name) for name in COLOURS}
+    colours = colours_of(processor.image_processor)
     return {
         "image_processor": MiniCPMV4_6ImageProcessorPil(**settings, **colours),
         # Videos are none of ours, but its processor insists on one for them.

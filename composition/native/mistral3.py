@@ -8,20 +8,11 @@ from transformers import Mistral3Config, PreTrainedConfig
 
 from ...configuration.configuration_anyvlm import AnyVlmConfig
 from ...processing.processing_anyvlm import AnyVlmProcessor
-from .family import NativeFamily, plain_embedding, require, text_part
+from .conditions import plain_embedding, sized_tower
+from .family import NativeFamily, require
 from .keys import Rename
+from .pieces import example_size, read_parts, write_parts
 from .projector_arguments import FREE, projector_arguments, same_projector
-
-
-#: Edge in pixels of the picture with which such a tower is tried; its own largest would only take long.
-_EXAMPLE_EDGE = 448
-
-
-def example_size(vision_config: PreTrainedConfig, merge: int) -> tuple[int, int]:
-    """Pixels of a picture that a tower of any size takes and a projector can merge."""
-    unit = vision_config.patch_size * merge
-    edge = max(min(_EXAMPLE_EDGE, vision_config.image_size) // unit, 1) * unit
-    return edge, edge
 
 
 _MERGER = {"type": "patch_merger", "channel_order": "channels_first", "norm": "rms_norm", "num_layers": 2}
@@ -40,15 +31,6 @@ def merger_rules(native_prefix: str) -> list[Rename]:
         Rename(f"{native_prefix}patch_merger.merging_layer.", f"{ours}merging_layer."),
         Rename(f"{native_prefix}linear_1.", f"{ours}layers.0."),
         Rename(f"{native_prefix}linear_2.", f"{ours}layers.1."),
-    ]
-
-
-def sized_tower(spec: dict) -> list[tuple[bool, str]]:
-    """Conditions of classes with a tower such as Pixtral's."""
-    return [
-        (spec["inputs"] == "sized_pictures", "its tower takes pictures of their own size with image_sizes (pixtral)"),
-        (spec["merge_size"] == 1, "its tower gives a feature for each patch"),
-        (set(spec["call_kwargs"]) <= {"return_dict"}, f"it calls its tower without {spec['call_kwargs']}"),
     ]
 
 
@@ -80,8 +62,7 @@ def pictures_in_units(image_processor: Any, unit: int) -> Any:
 
 def _read_config(native: Mistral3Config) -> dict[str, Any]:
     return {
-        "vision_config": copy.deepcopy(native.vision_config),
-        "text_config": text_part(native),
+        **read_parts(native),
         "projector_config": merger_config(
             native, hidden_act=native.projector_hidden_act, bias=native.multimodal_projector_bias
         ),
@@ -96,14 +77,12 @@ def _write_config(config: AnyVlmConfig) -> Mistral3Config:
     layer = config.vision_feature_layer
     require((layer is None or isinstance(layer, int), "it reads one layer of the tower"))
     return Mistral3Config(
-        vision_config=copy.deepcopy(config.vision_config),
-        text_config=copy.deepcopy(config.text_config),
+        **write_parts(config),
         image_token_index=config.image_token_id,
         projector_hidden_act=projector["hidden_act"],
         multimodal_projector_bias=projector["bias"],
         spatial_merge_size=projector["scale_factor"],
         vision_feature_layer=-1 if layer is None else layer,
-        tie_word_embeddings=bool(config.text_config.tie_word_embeddings),
     )
 
 

@@ -9,9 +9,10 @@ from transformers import Gemma2Config, GemmaConfig, PaliGemmaConfig, PreTrainedC
 
 from ...configuration.configuration_anyvlm import AnyVlmConfig
 from ...processing.processing_anyvlm import AnyVlmProcessor
-from .dynamic_tiles import require_text, square_tower
-from .family import NativeFamily, require, text_part
+from .conditions import require_text, square_tower
+from .family import NativeFamily, require
 from .keys import Rename
+from .pieces import text_part
 from .projector_arguments import same_projector
 
 

@@ -1,18 +1,19 @@
 """Perception LM (Cho et al. 2025): a tower of timm, two linear maps, means of neighbouring tokens; the whole picture and
 tiles of the canvas in which it is largest."""
 
-import copy
 from typing import Any
 
 import transformers
-from transformers import PerceptionLMConfig, ProcessorMixin, SiglipImageProcessorPil
+from transformers import PerceptionLMConfig, ProcessorMixin
 
 from ...configuration.configuration_anyvlm import AnyVlmConfig
 from ...processing.processing_anyvlm import AnyVlmProcessor
 from ..errors import CompositionError
-from .dynamic_tiles import COLOURS, require_text, square_tower
-from .family import NativeFamily, embedded_as_text, require, text_part
+from .colours import colours_of, for_views
+from .conditions import embedded_as_text, require_dropped, require_text, square_tower
+from .family import NativeFamily, require
 from .llava import two_layer_rules
+from .pieces import read_parts, write_parts
 from .projector_arguments import FREE, same_projector
 
 
@@ -25,8 +26,7 @@ def _projector(ratio: Any) -> dict[str, Any]:
 
 def _read_config(native: PerceptionLMConfig) -> dict[str, Any]:
     return {
-        "vision_config": copy.deepcopy(native.vision_config),
-        "text_config": text_part(native),
+        **read_parts(native),
         "projector_config": _projector(native.projector_pooling_ratio),
         "image_token_id": native.image_token_id,
     }
@@ -50,13 +50,7 @@ def _read_views(native: PerceptionLMConfig, processor: ProcessorMixin) -> dict[s
 
 def _check_tokens_dropped(native: PerceptionLMConfig, spec: dict[str, Any]) -> dict[str, Any]:
     """The class drops the first token or none as the config says, whatever the tower's tokens are."""
-    wanted = (1, 0) if native.vision_use_cls_token else (0, 0)
-    if (spec["num_prefix_tokens"], spec["num_suffix_tokens"]) != wanted:
-        raise CompositionError(
-            f"vision_use_cls_token={native.vision_use_cls_token} drops {wanted[0]} tokens, but of this tower "
-            f"{spec['num_prefix_tokens']} before and {spec['num_suffix_tokens']} after the patches are none."
-        )
-    return spec
+    return require_dropped(spec, native.vision_use_cls_token, f"vision_use_cls_token={native.vision_use_cls_token}")
 
 
 def _write_config(config: AnyVlmConfig) -> PerceptionLMConfig:
@@ -86,23 +80,16 @@ def _write_config(config: AnyVlmConfig) -> PerceptionLMConfig:
         ),
     )
     return PerceptionLMConfig(
-        vision_config=copy.deepcopy(config.vision_config),
-        text_config=copy.deepcopy(config.text_config),
+        **write_parts(config),
         vision_use_cls_token=bool(spec["num_prefix_tokens"]),
         projector_pooling_ratio=ratio,
         image_token_id=config.image_token_id,
-        tie_word_embeddings=bool(config.text_config.tie_word_embeddings),
     )
 
 
 def _read_processor(native: ProcessorMixin, config: AnyVlmConfig) -> dict[str, Any]:
-    height, width = config.image_views["view_size"]
     return {
-        # The native one cuts by itself. For views that are cut already a plain one does.
-        "image_processor": SiglipImageProcessorPil(
-            size={"height": height, "width": width},
-            **{name: getattr(native.image_processor, name) for name in COLOURS},
-        ),
+        "image_processor": for_views(native.image_processor, config.image_views["view_size"]),
         "image_token": native.image_token,
     }
 
@@ -111,7 +98,7 @@ def _write_processor(processor: AnyVlmProcessor, native: PerceptionLMConfig, con
     require_text(processor, {}, processor.image_token == getattr(processor.tokenizer, "image_token", None))
     views, edge = processor.image_views or {}, config.vision_tower_spec["image_size"][0]
     size = {"height": edge, "width": edge}
-    colours = {name: getattr(processor.image_processor, name) for name in COLOURS}
+    colours = colours_of(processor.image_processor)
     return {
         "image_processor": transformers.PerceptionLMImageProcessor(
             tile_size=edge,

@@ -1,7 +1,6 @@
 """Qwen2-VL (Wang et al. 2024) and Qwen2.5-VL (Bai et al. 2025): pictures of their own size, a tower that merges patches to
 the language model's width, and positions with a time, a row and a column. Videos are not converted."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +9,10 @@ from transformers import PreTrainedConfig, ProcessorMixin
 
 from ...configuration.configuration_anyvlm import AnyVlmConfig
 from ...processing.processing_anyvlm import AnyVlmProcessor
-from .dynamic_tiles import require_text
-from .family import NativeFamily, plain_embedding, require, text_part
+from .conditions import plain_embedding, require_text
+from .family import NativeFamily, require
 from .keys import Rename
+from .pieces import read_parts, write_parts
 
 
 #: Merged patches along the edges of the picture that the tower is tried on; it takes any number.
@@ -22,8 +22,7 @@ _EXAMPLE = (8, 12)
 def _read(native: PreTrainedConfig) -> dict[str, Any]:
     edge = native.vision_config.patch_size * native.vision_config.spatial_merge_size
     return {
-        "vision_config": copy.deepcopy(native.vision_config),
-        "text_config": text_part(native),
+        **read_parts(native),
         "projector_config": {"type": "identity"},
         "image_token_id": native.image_token_id,
         "image_size": tuple(edge * number for number in _EXAMPLE),
@@ -41,10 +40,8 @@ def _writer(model_type: str) -> Callable[[AnyVlmConfig], PreTrainedConfig]:
             (config.vision_feature_layer is None, "it reads the merged patches of its tower"),
         )
         return transformers.CONFIG_MAPPING[model_type](
-            vision_config=copy.deepcopy(config.vision_config),
-            text_config=copy.deepcopy(config.text_config),
+            **write_parts(config),
             image_token_id=config.image_token_id,
-            tie_word_embeddings=bool(config.text_config.tie_word_embeddings),
         )
 
     return write

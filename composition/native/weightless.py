@@ -14,7 +14,7 @@ from ..weightless_parts import WeightlessPart, open_part
 from .exporting import build_native, families_for, native_config_of, no_family, require_plain_logits
 from .family import NativeFamily
 from .keys import NATIVE
-from .logits import are_plain
+from .logits import require_plain
 from .small_proof import prove_on_small_copy
 from .weights import language_model_rules, put_weights, translate
 
@@ -49,10 +49,8 @@ def measure_language_model(
     part = open_part("text", text_config, None, False)
     spec = part.examine(probe_language_model)
     _require(spec, part)
-    if family.plain_logits and not are_plain(part.run):
-        raise CompositionError(
-            f"{type(part.run).__name__} changes the logits that its head gives, and {family.model_class} does not."
-        )
+    if family.plain_logits:
+        require_plain(part.run, family.model_class)
     return {**spec, **probe_generation(trial_model(tower.run, part.run, vision_tower_spec, spec))}
 
 

@@ -135,12 +135,27 @@ SETTINGS = {
     "gated": {"fusion": "gated", "views": {"type": "tiles", "layout": "dynamic", "max_tiles": 2}},
     "features as they are": {"fusion": "cross_attention", "projector": "identity"},
     "a prefix": {"image_attention": "prefix"},
+    "pictures of their own size": {"vision": "siglip2_vision_model", "views": {"type": "native", "max_tokens": 64}},
+    "an instruction": {
+        "projector": {
+            "type": "qformer",
+            "num_queries": 3,
+            "reads_text": True,
+            "qformer_config": {
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "intermediate_size": 48,
+            },
+        }
+    },
 }
 
 
 @pytest.mark.parametrize("case", list(SETTINGS))
 def test_settings_give_the_tokens_and_the_parameters_of_the_composed_model(case, table):
-    parts, settings = (vision_config("clip_vision_model"), text_config("llama")), SETTINGS[case]
+    settings = dict(SETTINGS[case])
+    parts = tiny_configs.vision_config(settings.pop("vision", "clip_vision_model")), text_config("llama")
     parts[1].num_hidden_layers, parts[1].max_position_embeddings = 5, 4096
     report = anyvlm.check(*parts, tokenizer=tiny_tokenizer(), **settings)
     model, processor = anyvlm.compose(*parts, tokenizer=tiny_tokenizer(), **settings)
@@ -195,6 +210,7 @@ REFUSALS = {
         {"projector": {"type": "pixel_shuffle", "scale_factor": 3}},
     ),
     "text that the tokenizer does not know": lambda: ("dinov2", "llama", {"image_text": {"start": "<img>"}}),
+    "a vocabulary that is too small": lambda: ("dinov2", "llama", {"projector": _small_vocabulary()}),
     "text within a map": lambda: ("dinov2", "llama", {"views": "tiles", "image_text": {"tile": "w1{tokens}"}}),
     "no room for text": lambda: ("dinov2", "llama", {"image_size": 128}),
     "no list of decoder layers": lambda: (
@@ -212,6 +228,10 @@ REFUSALS = {
     "a picture of another size": lambda: ("aimv2_vision_model", "llama", {"image_size": 40}),
     "no end of sequence": lambda: ("dinov2", _without_eos(), {"tokenizer": tiny_tokenizer(eos_token=None)}),
 }
+
+
+def _small_vocabulary() -> dict:
+    return {"type": "qformer", "reads_text": True, "qformer_config": {"hidden_size": 24, "vocab_size": 8}}
 
 
 def _tiny_bert() -> dict:
