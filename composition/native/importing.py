@@ -16,6 +16,7 @@ from ..assembly import assemble
 from ..errors import CompositionError
 from ..image_processors import config_size, output_size
 from ..language_model_probe import probe_generation, probe_language_model
+from ..model_sizes import embedding_width
 from ..parts import source_name
 from ..probe import probe_vision_tower
 from ..projector_grid import complete_projector
@@ -70,7 +71,7 @@ def from_native(
         {**pieces, "vision_config": vision_tower.config, "text_config": language_model.config},
         spec,
         probe_language_model(language_model),
-        language_model.get_input_embeddings().weight.shape[1],
+        embedding_width(language_model),
         model.dtype,
         source_name(model),
     )
@@ -105,15 +106,19 @@ def our_config(
     pieces: dict,
     vision_tower_spec: dict,
     language_model_spec: dict,
-    embedding_width: int,
+    width: int,
     dtype: torch.dtype,
     hub_id: str | None,
 ) -> AnyVlmConfig:
-    """The config of the converted model, from what the family reads and what was measured."""
+    """The config of the converted model, from what the family reads and what was measured.
+
+    Args:
+        width: Of the language model's embeddings.
+    """
     spec = family.adjust_spec(native_config, vision_tower_spec)
     pieces = {key: copy.deepcopy(value) for key, value in pieces.items() if key != "image_size"}
     pieces["projector_config"] = complete_projector(
-        pieces["projector_config"], spec["hidden_size"], embedding_width, pieces.get("fusion", "embed")
+        pieces["projector_config"], spec["hidden_size"], width, pieces.get("fusion", "embed")
     )
     for key in ("vision_config", "text_config"):
         pieces[key].dtype = dtype
