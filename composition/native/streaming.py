@@ -18,7 +18,6 @@ from transformers.core_model_loading import PrefixChange
 from ...configuration.configuration_anyvlm import AnyVlmConfig
 from ...modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
 from ..errors import CompositionError
-from ..model_sizes import embedding_width
 from ..small_copies import build_on_meta
 from .checkpoint_keys import Loaded, as_saved, loading_plan
 from .exporting import processor_to_native
@@ -136,7 +135,7 @@ def _from_native(
         pieces.get("vision_feature_layer"),
         pieces.get("vision_feature_select_strategy", "default"),
     )
-    width = embedding_width(native)
+    width = native.get_input_embeddings().weight.shape[1]  # Idefics' embeddings do not run on the meta device
     config = our_config(
         family,
         native.config,
