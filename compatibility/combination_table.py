@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from typing import Any
 
-from .pair_checks import CHECKS, FAILS, REFUSED, WORKS
+from .pair_checks import CHECKS, FAILS, NOT_TRIED, REFUSED, WORKS
 from .table import markdown_rows
 
 
@@ -40,7 +40,7 @@ def make_combination_table(header: dict[str, Any], results: list[Result]) -> dic
 
 def _counts(results: list[Result]) -> dict[str, int]:
     counts = Counter(result["status"] for result in results)
-    return {status: counts[status] for status in (WORKS, REFUSED, FAILS)}
+    return {status: counts[status] for status in (WORKS, REFUSED, NOT_TRIED, FAILS)}
 
 
 def combinations_to_markdown(table: dict[str, Any]) -> str:

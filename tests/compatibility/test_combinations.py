@@ -74,11 +74,12 @@ def test_pairs_are_drawn_of_what_works():
 def test_the_command_writes_the_table(invoke):
     outcome, folder = invoke("--pairs", "20")
     assert outcome.exit_code == 1, "a pair fails"
+    assert "100 pairs in 5 combinations: " in outcome.output
     table = json.loads((folder / "combinations.json").read_text())
     each = table["combinations"]
     assert len(each) == 5
-    assert each["resampler / embed / resize"]["counts"] == {"works": 0, "refused": 20, "fails": 0}
-    assert each["mlp / embed / resize"]["counts"] == {"works": 20, "refused": 0, "fails": 0}
+    assert each["resampler / embed / resize"]["counts"] == {"works": 0, "refused": 20, "not tried": 0, "fails": 0}
+    assert each["mlp / embed / resize"]["counts"] == {"works": 20, "refused": 0, "not tried": 0, "fails": 0}
     assert each["mlp / gated / resize"]["counts"]["fails"] >= 1
     text = (folder / "combinations.md").read_text()
     assert "refused: It has no grid." in text
