@@ -155,7 +155,9 @@ def compose(
     console.print(table)
     height, width = description["picture_size"]
     others = "" if description["one_size"] else " Of another size or shape it takes more or fewer."
-    console.print(f"A picture of {height}x{width} pixels takes {description['tokens_per_picture']} tokens.{others}")
+    tokens = description["tokens_per_picture"]
+    count = "1 token" if tokens == 1 else f"{tokens} tokens"
+    console.print(f"A picture of {height}x{width} pixels takes {count} in the text.{others}", highlight=False)
     typer.echo(f"Saved to {output}")
 
 
