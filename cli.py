@@ -33,7 +33,7 @@ from .cli_options import (
     VisionFusionOption,
     bytes_of,
     image_size_of,
-    json_object,
+    joining_arguments,
     name_or_json,
     towers_of,
 )
@@ -115,15 +115,7 @@ def compose(
         raise typer.BadParameter(
             f"{output} is not empty; choose another, or add --overwrite.", param_hint="'--output'"
         )
-    arguments = {
-        "projector": name_or_json(projector),
-        "fusion": name_or_json(fusion),
-        "image_attention": image_attention,
-        "views": None if views is None else name_or_json(views),
-        "image_text": None if image_text is None else json_object(image_text),
-        "image_size": image_size_of(image_size),
-        "vision_fusion": vision_fusion.value,
-    }
+    arguments = joining_arguments(projector, fusion, image_attention, views, image_text, image_size, vision_fusion)
     towers = towers_of(vision, further_towers)
     _calm_transformers()
     from anyvlm.composition.compose import compose as compose_model
@@ -314,15 +306,7 @@ def check(
 
     Example: anyvlm check siglip xlnet --json
     """
-    arguments = {
-        "projector": name_or_json(projector),
-        "fusion": name_or_json(fusion),
-        "image_attention": image_attention,
-        "views": None if views is None else name_or_json(views),
-        "image_text": None if image_text is None else json_object(image_text),
-        "image_size": image_size_of(image_size),
-        "vision_fusion": vision_fusion.value,
-    }
+    arguments = joining_arguments(projector, fusion, image_attention, views, image_text, image_size, vision_fusion)
     towers = towers_of(vision, further_towers)
     _calm_transformers()
     from anyvlm.composition.check import check as check_parts

@@ -2,7 +2,7 @@
 
 import json
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -111,3 +111,24 @@ VisionFusionOption = Annotated[
 ]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a part.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="On an error, show the whole traceback.")]
+
+
+def joining_arguments(
+    projector: str,
+    fusion: str,
+    image_attention: str,
+    views: str | None,
+    image_text: str | None,
+    image_size: str | None,
+    vision_fusion: VisionFusion,
+) -> dict[str, Any]:
+    """How the parts are joined, as typed, to the arguments of `anyvlm.compose` and `anyvlm.check`."""
+    return {
+        "projector": name_or_json(projector),
+        "fusion": name_or_json(fusion),
+        "image_attention": image_attention,
+        "views": None if views is None else name_or_json(views),
+        "image_text": None if image_text is None else json_object(image_text),
+        "image_size": image_size_of(image_size),
+        "vision_fusion": vision_fusion.value,
+    }

@@ -20,7 +20,7 @@ from .combination_table import SEPARATOR, combinations_to_markdown, make_combina
 from .journal import Journal, source_hash, versions
 from .pair_checks import FAILS, WORKS, check_pair
 from .plan import Pair, Result, random_pairs
-from .progress import COLOURS, Counting, print_result
+from .progress import COLOURS, Counting, kept, print_result
 from .table import read_table, write_files
 
 
@@ -141,18 +141,10 @@ def main(
     records = Journal(journal, {"versions": versions(), "seed": seed, "source": source_hash()}, fresh)
     if records.results:
         console.print(f"{len(records.results)} results of an earlier run are kept ({journal}); --fresh measures anew.")
-    try:
-        with Counting(console) as counting:
-            drawn = draw_pairs(compatibility, names, pairs, seed)
-            limit = int(memory * 2**30) or None
-            results = counting.measure("combinations", drawn, records, check, workers, timeout, limit)
-    except KeyboardInterrupt:
-        console.print(f"Stopped. What was measured is kept in {journal}; run the same command again to go on.")
-        raise typer.Exit(130) from None
-    finally:
-        records.close()
-        if only:
-            journal.unlink()
+    with kept(records, console, temporary=bool(only)), Counting(console) as counting:
+        drawn = draw_pairs(compatibility, names, pairs, seed)
+        limit = int(memory * 2**30) or None
+        results = counting.measure("combinations", drawn, records, check, workers, timeout, limit)
     failing = [result for result in results.values() if result["status"] == FAILS]
     for result in results.values() if only else failing:
         print_result(console, result)

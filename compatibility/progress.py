@@ -1,8 +1,13 @@
 """What a long run shows while it goes on, and how a result is printed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from .journal import Journal
 from .pair_checks import FAILS, NOT_TRIED, REFUSED, WORKS
 from .plan import Result, measure
 
@@ -43,6 +48,24 @@ class Counting:
             self.progress.update(bar, advance=1, counts=text, refresh=True)
 
         return measure(pairs, records, check, workers, timeout, limit, count)
+
+
+@contextmanager
+def kept(records: Journal, console: Console, temporary: bool = False) -> Iterator[None]:
+    """Close the journal in any case; on Ctrl-C say where it is and exit with 130.
+
+    Args:
+        temporary: The journal is of a few pairs measured anew, and removed.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(f"Stopped. What was measured is kept in {records.path}; run the same command again to go on.")
+        raise typer.Exit(130) from None
+    finally:
+        records.close()
+        if temporary:
+            records.path.unlink()
 
 
 def print_result(console: Console, result: Result) -> None:

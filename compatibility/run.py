@@ -13,7 +13,7 @@ from . import tiny_configs
 from .journal import Journal, source_hash, versions
 from .pair_checks import FAILS, check_pair
 from .plan import LANGUAGE_MODEL, TOWER, Result, random_pairs, type_pairs, working_types
-from .progress import COLOURS, Counting, print_result
+from .progress import COLOURS, Counting, kept, print_result
 from .table import JSON_NAME, MARKDOWN_NAME, make_table, write_table
 
 
@@ -77,20 +77,12 @@ def main(
     resumed = len(records.results)
     if resumed:
         console.print(f"{resumed} results of an earlier run are kept ({journal}); --fresh measures them anew.")
-    try:
-        with Counting(console) as counting:
-            results = counting.measure(
-                "types", type_pairs(vision_types, text_types), records, check, workers, timeout, limit
-            )
-            drawn = [] if only else random_pairs(*working_types(results), pairs, seed)
-            drawn_results = counting.measure("random pairs", drawn, records, check, workers, timeout, limit)
-    except KeyboardInterrupt:
-        console.print(f"Stopped. What was measured is kept in {journal}; run the same command again to go on.")
-        raise typer.Exit(130) from None
-    finally:
-        records.close()
-        if only:
-            journal.unlink()
+    with kept(records, console, temporary=bool(only)), Counting(console) as counting:
+        results = counting.measure(
+            "types", type_pairs(vision_types, text_types), records, check, workers, timeout, limit
+        )
+        drawn = [] if only else random_pairs(*working_types(results), pairs, seed)
+        drawn_results = counting.measure("random pairs", drawn, records, check, workers, timeout, limit)
 
     failing = [result for result in results.values() if result["status"] == FAILS]
     if only:

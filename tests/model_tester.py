@@ -3,6 +3,8 @@
 The checks are those of the table of compatibility (`compatibility/composed_model.py`), and two more.
 """
 
+from pathlib import Path
+
 import torch
 from tiny_parts import LANGUAGE_MODELS, TOWERS, text_config, vision_config
 
@@ -18,6 +20,19 @@ class ComposedModelTester(ComposedModel):
 
     def __init__(self, vision: str = "clip_vision_model", text: str = "llama", **compose_arguments):
         super().__init__(vision_config(vision), text_config(text), TOWERS[vision][0], **compose_arguments)
+
+    def check_everything(self, directory: Path) -> None:
+        """Every check, one after another; `directory` is for what is saved."""
+        self.check_forward_is_finite()
+        self.check_picture_changes_logits()
+        self.check_picture_order_matters()
+        self.check_gradients()
+        self.check_cached_generation_equals_uncached()
+        self.check_padding()
+        self.check_text_only_equals_bare_language_model()
+        self.check_embeddings_equal_ids()
+        self.check_loss_is_the_language_models_own()
+        self.check_save_and_load(directory)
 
     def check_picture_order_matters(self) -> None:
         text = ["w1 <image> w2 w3 <image> w4"]

@@ -30,13 +30,4 @@ PROJECTORS = {
 def test_composed_model_passes_the_checks(projector, tmp_path):
     tester = ComposedModelTester(projector=projector)
     assert tester.one_picture()["input_ids"].tolist()[0].count(tester.model.config.image_token_id) == 6
-    tester.check_forward_is_finite()
-    tester.check_picture_changes_logits()
-    tester.check_picture_order_matters()
-    tester.check_gradients()
-    tester.check_cached_generation_equals_uncached()
-    tester.check_padding()
-    tester.check_text_only_equals_bare_language_model()
-    tester.check_embeddings_equal_ids()
-    tester.check_loss_is_the_language_models_own()
-    tester.check_save_and_load(tmp_path)
+    tester.check_everything(tmp_path)

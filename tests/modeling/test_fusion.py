@@ -51,16 +51,7 @@ def llama(request):
 
 
 def test_the_checks_of_every_model(tester, tmp_path):
-    tester.check_forward_is_finite()
-    tester.check_picture_changes_logits()
-    tester.check_picture_order_matters()
-    tester.check_gradients()
-    tester.check_cached_generation_equals_uncached()
-    tester.check_padding()
-    tester.check_text_only_equals_bare_language_model()
-    tester.check_embeddings_equal_ids()
-    tester.check_loss_is_the_language_models_own()
-    tester.check_save_and_load(tmp_path)
+    tester.check_everything(tmp_path)
 
 
 def test_each_picture_has_one_token(llama):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from native_image_texts import AYA_TEXT, IDEFICS3_TEXT
 from tiny_parts import compose, make_sensitive, text_config
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
@@ -46,19 +47,6 @@ def test_a_composed_model_becomes_a_llava_that_loads_anywhere(vision, text, sett
     assert float((logits_of(loaded, _inputs(loaded_processor)) - expected).abs().max()) <= 1e-5
 
 
-AYA_TEXT = {
-    "token": "<|IMG_PATCH|>",
-    "start": "<|START_OF_IMG|>",
-    "end": "<|END_OF_IMG|>",
-    "tile": "TILE_{index}{tokens}",
-    "whole": "TILE_GLOBAL{tokens}",
-}
-IDEFICS3_TEXT = {
-    "tile": "<fake_token_around_image><row_{row}_col_{column}>{tokens}",
-    "row_end": "\n",
-    "whole": "\n<fake_token_around_image><global-img>{tokens}<fake_token_around_image>",
-    "whole_alone": "<fake_token_around_image><global-img>{tokens}<fake_token_around_image>",
-}
 GATED = {
     "type": "pixel_shuffle",
     "scale_factor": 2,

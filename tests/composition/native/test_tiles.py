@@ -6,6 +6,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from native_image_texts import AYA_TEXT, IDEFICS3_TEXT
 from transformers import (
     AyaVisionForConditionalGeneration,
     Cohere2Config,
@@ -71,22 +72,6 @@ def _settings(config: dict, prefix: str = "") -> dict:
         elif name not in ("dtype", "image_seq_length") and prefix + str(name) != "text_config.tie_word_embeddings":
             flat[prefix + str(name)] = value
     return flat
-
-
-#: What Aya Vision's processor writes, and Idefics3's.
-AYA_TEXT = {
-    "token": "<|IMG_PATCH|>",
-    "start": "<|START_OF_IMG|>",
-    "end": "<|END_OF_IMG|>",
-    "tile": "TILE_{index}{tokens}",
-    "whole": "TILE_GLOBAL{tokens}",
-}
-IDEFICS3_TEXT = {
-    "tile": "<fake_token_around_image><row_{row}_col_{column}>{tokens}",
-    "row_end": "\n",
-    "whole": "\n<fake_token_around_image><global-img>{tokens}<fake_token_around_image>",
-    "whole_alone": "<fake_token_around_image><global-img>{tokens}<fake_token_around_image>",
-}
 
 
 def composed(vision, text, tokenizer, image_text=None, image_token="<image>", **settings):
