@@ -15,22 +15,37 @@ from ..modeling.projectors import build_projector
 from .model_sizes import embedding_width
 
 
-def assemble(config: AnyVlmConfig, vision_tower: nn.Module, language_model: nn.Module):
-    """The model around the parts as they are, without a second copy of their weights."""
+def assemble(
+    config: AnyVlmConfig,
+    vision_tower: nn.Module,
+    language_model: nn.Module,
+    fusion: nn.Module | None = None,
+    image_newline: nn.Parameter | None = None,
+) -> AnyVlmForConditionalGeneration:
+    """The model around the parts as they are, without a second copy of their weights.
+
+    Args:
+        fusion, image_newline: Those of another model with the same language model, to be used as they are; what is left
+            out and what the config has is new.
+    """
     with torch.device("meta"):
         model = AnyVlmForConditionalGeneration(config)
     model.vision_tower, model.config.vision_config = vision_tower, vision_tower.config
     model.language_model, model.config.text_config = language_model, language_model.config
     projector = build_projector(config.projector_config)
-    fusion = build_fusion(config.fusion, config.image_fusion_config)
-    for part in (projector, fusion):
+    new_fusion = build_fusion(config.fusion, config.image_fusion_config) if fusion is None else None
+    for part in (projector, new_fusion):
         for module in part.modules() if part is not None else ():
             model._init_weights(module)
     model.multi_modal_projector = projector.to(language_model.device, config.dtype)
+    if new_fusion is not None:
+        fusion = new_fusion.to(language_model.device, config.dtype)
     if fusion is not None:
-        model.fusion = fusion.to(language_model.device, config.dtype)
+        model.fusion = fusion
         model.attach_fusion()
-    if has_newline(config.image_views):
+    if image_newline is not None:
+        model.image_newline = image_newline
+    elif has_newline(config.image_views):
         model.image_newline = nn.Parameter(
             model.image_newline.new_empty(len(model.image_newline), dtype=config.dtype, device=language_model.device)
         )

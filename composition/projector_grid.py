@@ -32,7 +32,8 @@ def check_projector_grid(projector_config: dict, spec: dict, any_grid: bool) -> 
         CompositionError: the projector needs rows and columns and the features have none, or cannot take their grid, or
             some of the grids of pictures of their own sizes.
     """
-    projector_type, (rows, columns) = projector_config["type"], spec["grid"]
+    projector_type = projector_config["type"]
+    rows, columns = projector_config.get("aligned_grid") or spec["grid"]
     if projector_type in NEED_ROWS_AND_COLUMNS and rows == 1 and columns > 1:
         others = sorted(TOKEN_GRIDS.keys() - set(NEED_ROWS_AND_COLUMNS))
         raise CompositionError(

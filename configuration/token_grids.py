@@ -81,7 +81,8 @@ NEED_ROWS_AND_COLUMNS = ("pixel_shuffle", "patch_merger", "avg_pool", "conv")
 
 
 def token_grid(projector_config: dict, grid: Grid) -> Grid:
-    """Rows and columns of tokens that the projector makes of a `grid` of features.
+    """Rows and columns of tokens that the projector makes of a `grid` of features. `aligned_grid` in its config is the grid
+    that it brings any to first (`modeling/feature_alignment.py`).
 
     Raises:
         ValueError: the projector cannot take this grid, or its type is unknown.
@@ -90,7 +91,7 @@ def token_grid(projector_config: dict, grid: Grid) -> Grid:
         known = ", ".join(sorted(TOKEN_GRIDS))
         raise ValueError(f"Unknown projector {projector_config['type']!r}. Choose one of: {known}.")
     function, names = TOKEN_GRIDS[projector_config["type"]]
-    rows, columns = grid
+    rows, columns = projector_config.get("aligned_grid") or grid
     return function((rows, columns), **{name: projector_config[name] for name in names if name in projector_config})
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..configuration.token_grids import Grid
+from .feature_alignment import AlignedProjector, FeatureAlignment
 from .grid_projectors import AvgPoolProjector, ConvProjector, PatchMergerProjector, PixelShuffleProjector
 from .mlp_projector import MlpProjector
 from .qformer_projector import QFormerProjector
@@ -64,16 +65,23 @@ PROJECTORS: dict[str, type[nn.Module]] = {
 
 
 def build_projector(projector_config: dict) -> nn.Module:
-    """Build the projector that `projector_config` describes: its `type`, and the arguments of that class.
+    """Build the projector that `projector_config` describes: its `type`, and the arguments of that class; behind a
+    `FeatureAlignment` where the config has `aligned_grid` or `aligned_features`.
 
     Raises:
         ValueError: unknown type (the known ones are listed), or an argument that the class does not take.
     """
     arguments = dict(projector_config)
     projector_type = arguments.pop("type", None)
+    grid, width = arguments.pop("aligned_grid", None), arguments.pop("aligned_features", None)
     if projector_type not in PROJECTORS:
         raise ValueError(f"Unknown projector {projector_type!r}. Choose one of: {', '.join(sorted(PROJECTORS))}.")
+    alignment = None
+    if grid is not None or width is not None:
+        alignment = FeatureAlignment(arguments["in_features"], width, grid)
+        arguments["in_features"] = width or arguments["in_features"]
     try:
-        return PROJECTORS[projector_type](**arguments)
+        projector = PROJECTORS[projector_type](**arguments)
     except TypeError as error:
         raise ValueError(f"Projector {projector_type!r} cannot be built from {arguments}: {error}.") from error
+    return projector if alignment is None else AlignedProjector(alignment, projector)

@@ -50,6 +50,9 @@ def same_projector(projector_config: dict, expected: dict[str, Any]) -> list[tup
     fixed = {name: value for name, value in expected.items() if value is not FREE}
     wanted = projector_arguments({**fixed, **{name: found[name] for name in _WIDTHS}})
     return [
-        (expected.get(name) is FREE or found[name] == wanted[name], f"its projector has {name} {wanted[name]!r}")
+        (
+            expected.get(name) is FREE or found[name] == wanted.get(name),
+            f"its projector has {name} {wanted.get(name)!r}",
+        )
         for name in found
     ]

@@ -1,0 +1,1 @@
+"""Change a part of a trained model and keep most of what it knew."""
