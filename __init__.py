@@ -21,6 +21,9 @@ from .configuration.fused_vision_towers_config import FusedVisionTowersConfig
 from .modeling.modeling_anyvlm import AnyVlmForConditionalGeneration, AnyVlmModel
 from .processing.fused_image_processor import FusedImageProcessor
 from .processing.processing_anyvlm import AnyVlmProcessor
+from .swapping.report import SwapReport
+from .swapping.swap import swap
+from .swapping.while_loading import load_swapped_model as _load_swapped_model  # noqa: F401 - registers itself
 from .training.collator import AnyVlmDataCollator
 
 
@@ -40,9 +43,11 @@ __all__ = [
     "AnyVlmProcessor",
     "CompatibilityReport",
     "CompositionError",
+    "SwapReport",
     "__version__",
     "check",
     "compose",
     "from_native",
+    "swap",
     "to_native",
 ]

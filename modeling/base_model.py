@@ -11,6 +11,7 @@ from transformers.utils import can_return_tuple
 
 from ..configuration.configuration_anyvlm import AnyVlmConfig
 from ..configuration.image_views import has_newline
+from ..configuration.part_exchange import load_exchanged
 from .cross_attention import TanhGate
 from .fused_vision_towers import build_vision_part
 from .fusion import FusionMixin, build_fusion, cached_length
@@ -289,10 +290,18 @@ class AnyVlmModel(ImageFeaturesMixin, FusionMixin, PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
         """As transformers', but a weight that the checkpoint lacks is an error, never a random weight.
 
+        Args:
+            vision_tower, language_model: Another part, as `anyvlm.swap` takes it, in place of the checkpoint's own; takes
+                the package. The processor is loaded with the same arguments.
+
         Raises:
             ValueError: the checkpoint lacks weights; the message names them. Or a part has code of its own, and
                 `trust_remote_code=True` was not passed.
         """
+        exchanged = load_exchanged("model", cls.from_pretrained, pretrained_model_name_or_path, kwargs)
+        if exchanged is not None:
+            # What was loaded of a checkpoint tells nothing about parts that came from elsewhere.
+            return (exchanged, {}) if output_loading_info else exchanged
         kwargs = trusted_config(cls.config_class, pretrained_model_name_or_path, kwargs)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs

@@ -17,6 +17,7 @@ from ..configuration.image_views import (
     plan_views,
 )
 from ..configuration.instructions import INSTRUCTION_KEYS
+from ..configuration.part_exchange import load_exchanged
 from ..configuration.video_frames import num_video_tokens, takes_clips, video_settings
 from .image_text import check_image_text
 from .instruction_processor import InstructionProcessor
@@ -213,6 +214,19 @@ class AnyVlmProcessor(PromptFormProcessor, PictureTextProcessor, PicturesFirstPr
         sizes = ["original_sizes"] if has_several_views(self.image_views) else []
         instructions = INSTRUCTION_KEYS if self.qformer_tokenizer is not None else ()
         return [*names, "pixel_values", *patch_keys(self.vision_tower_spec), *sizes, "num_video_frames", *instructions]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """As transformers'.
+
+        Args:
+            vision_tower, language_model: The same as for the model's `from_pretrained`: then the processor is the one that
+                goes with these parts.
+        """
+        exchanged = load_exchanged("processor", cls.from_pretrained, pretrained_model_name_or_path, kwargs)
+        if exchanged is not None:
+            return exchanged
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def to_json_file(self, json_file_path: str | os.PathLike) -> None:
         """Write the processor's config and, beside it, the code: `save_pretrained` and `push_to_hub` come by here."""

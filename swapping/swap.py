@@ -1,0 +1,179 @@
+"""Change a part of a trained model and keep most of what it knew."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
+
+from ..composition.arguments import typed
+from ..composition.errors import CompositionError
+from ..composition.parts import PartSource
+from ..composition.running import synthetic_pictures
+from ..modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
+from ..processing.processing_anyvlm import AnyVlmProcessor
+from .modality_gap import modality_gap_change
+from .part_changes import compare_parts, digest
+from .picture_paths import PicturePath
+from .report import SwapReport
+from .text_swap import swap_language_model
+from .vision_swap import swap_vision_tower
+
+
+#: Pictures that the modality gap is measured with.
+_GAP_PICTURES = 8
+_TEXT_EMBEDDINGS = 2048
+
+
+def swap(
+    model: AnyVlmForConditionalGeneration,
+    processor: AnyVlmProcessor,
+    *,
+    vision: PartSource | Sequence[PartSource] | None = None,
+    text: PartSource | None = None,
+    audio: PartSource | None = None,
+    projector: str | dict | None = None,
+    image_processor: BaseImageProcessor | str | Sequence | None = None,
+    tokenizer: PreTrainedTokenizerBase | str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    views: str | dict | None = None,
+    image_tokens: str = "keep",
+    vision_feature_layer: int | Sequence | None = None,
+    vision_feature_select_strategy: str | Sequence[str] | None = None,
+    vision_fusion: str = "channel",
+    trust_remote_code: bool = False,
+    seed: int = 0,
+) -> tuple[AnyVlmForConditionalGeneration, AnyVlmProcessor, SwapReport]:
+    """Put another vision tower, another language model, or both, into a trained model.
+
+    What need not change does not: parts that stay are the same modules in the new model, bit for bit, and the old model
+    stays whole beside it.
+
+    Args:
+        model, processor: A composed model and its processor.
+        vision: The new tower: a Hub id, a local path, a config (random weights) or a model instance; or a tuple of
+            several.
+        text: The new language model, likewise. Special tokens, chat template and generation defaults follow it.
+        audio: Not supported yet; anything but `None` is refused.
+        projector: Another projector than the model has, as for `compose`; then nothing of the old one is kept.
+        image_processor: Instance, path or Hub id. Default: the new tower's.
+        tokenizer: Instance, path or Hub id. Default: the new language model's.
+        image_size: Pixels, one edge or `(height, width)`. Default: for a tower of the same type as before, otherwise
+            what its image processor makes.
+        views: How a picture is shown to the tower, as for `compose`. Default: in as many views as before.
+        image_tokens: `"keep"`: features are brought to the old tower's grid, so that a picture has as many tokens as the
+            language model is used to. `"own"`: as many as the new tower has features for.
+        vision_feature_layer, vision_feature_select_strategy, vision_fusion: As for `compose`. Default: for a tower of the
+            same type as before.
+        trust_remote_code: Allow parts whose code is in their own checkpoint.
+        seed: For what is random.
+
+    Returns:
+        The new model, its processor, and a report of what was kept, solved, trained and initialised.
+
+    Raises:
+        CompositionError: the part cannot be used in this model; the message says why and what would.
+        ValueError: nothing to swap, or arguments that do not go together.
+    """
+    _check_arguments(model, processor, vision, text, audio, tokenizer)
+    started = time.monotonic()
+    before = digest(model)
+    projector_config = None if projector is None else typed(projector)
+    new_model, new_processor = model, processor
+    changes: dict[str, str] = {}
+    if vision is not None:
+        new_model, new_processor = swap_vision_tower(
+            new_model,
+            new_processor,
+            vision,
+            projector=projector_config,
+            image_processor=image_processor,
+            image_size=image_size,
+            views=views,
+            image_tokens=image_tokens,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            vision_fusion=vision_fusion,
+            trust_remote_code=trust_remote_code,
+            seed=seed,
+        )
+        changes |= {"vision_tower": "replaced", "multi_modal_projector": "initialised"}
+    if text is not None:
+        new_model, new_processor = swap_language_model(
+            new_model,
+            new_processor,
+            text,
+            tokenizer=tokenizer,
+            projector=projector_config if vision is None else None,
+            trust_remote_code=trust_remote_code,
+            seed=seed,
+        )
+        changes |= {"language_model": "replaced", "multi_modal_projector": "initialised", "fusion": "initialised"}
+    report = SwapReport(
+        swapped="vision" if vision is not None else "text",
+        old=_described(model, vision is not None, text is not None),
+        new=_described(new_model, vision is not None, text is not None),
+        parts=compare_parts(before, new_model, changes),
+        tokens_per_picture={
+            "before": _tokens_per_picture(model, processor),
+            "after": _tokens_per_picture(new_model, new_processor),
+        },
+        modality_gap=_modality_gap(PicturePath(model, processor), PicturePath(new_model, new_processor), seed),
+        warnings=[],
+        seconds=time.monotonic() - started,
+    )
+    return new_model, new_processor, report
+
+
+def _check_arguments(model: Any, processor: Any, vision: Any, text: Any, audio: Any, tokenizer: Any) -> None:
+    if not isinstance(model, AnyVlmForConditionalGeneration):
+        raise ValueError(
+            f"A {type(model).__name__} is no composed model. Make one with anyvlm.compose, or of one that transformers has "
+            "with anyvlm.from_native."
+        )
+    if not isinstance(processor, AnyVlmProcessor):
+        raise ValueError(f"A {type(processor).__name__} is not the processor of a composed model. Pass its own.")
+    if audio is not None:
+        raise CompositionError("This model has no audio tower that could be swapped. Leave out audio=….")
+    if vision is None and text is None:
+        raise ValueError("Nothing to swap. Pass vision=…, text=…, or both.")
+    if text is None and tokenizer is not None:
+        raise ValueError("tokenizer=… goes with another language model. Pass text=…, or leave it out.")
+
+
+def _described(model: AnyVlmForConditionalGeneration, vision: bool, text: bool) -> str:
+    """Class and origin of the parts that are swapped."""
+    origins = model.config.composed_from or {}
+    named = []
+    for key, part, is_swapped in (("vision", model.vision_tower, vision), ("text", model.language_model, text)):
+        if is_swapped:
+            origin = origins.get(key)
+            ids = [entry.get("id") for entry in (origin if isinstance(origin, list) else [origin or {}])]
+            known = " + ".join(found for found in ids if found)
+            named.append(type(part).__name__ + (f" ({known})" if known else ""))
+    return " and ".join(named)
+
+
+def _tokens_per_picture(model: AnyVlmForConditionalGeneration, processor: AnyVlmProcessor) -> int:
+    size = tuple(model.config.vision_tower_spec["image_size"])
+    return processor._get_num_multimodal_tokens([size])["num_image_tokens"][0]
+
+
+@torch.no_grad()
+def _modality_gap(old: PicturePath, new: PicturePath, seed: int) -> dict[str, Any]:
+    pixels = synthetic_pictures(_GAP_PICTURES, 3, (224, 224), seed)
+    pixels = ((pixels + 2) * 64).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    pictures = [Image.fromarray(picture) for picture in pixels]
+    measured = []
+    for path in (old, new):
+        embeddings = path.model.get_input_embeddings()
+        rows = torch.linspace(0, embeddings.weight.shape[0] - 1, _TEXT_EMBEDDINGS).long().unique()
+        texts = embeddings(rows.to(embeddings.weight.device).unsqueeze(0))[0]
+        tokens = torch.cat(path.tokens(path.inputs(pictures)))
+        if tokens.shape[-1] != texts.shape[-1]:  # a fusion that maps tokens itself
+            return None
+        measured.append((tokens.float(), texts.float()))
+    return modality_gap_change(*measured)
