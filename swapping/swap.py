@@ -122,9 +122,9 @@ def swap(
             "after": _tokens_per_picture(new_model, new_processor),
         },
         modality_gap=_modality_gap(PicturePath(model, processor), PicturePath(new_model, new_processor), seed),
-        warnings=[],
         seconds=time.monotonic() - started,
     )
+    report.warnings += _warnings(report)
     return new_model, new_processor, report
 
 
@@ -142,6 +142,17 @@ def _check_arguments(model: Any, processor: Any, vision: Any, text: Any, audio: 
         raise ValueError("Nothing to swap. Pass vision=…, text=…, or both.")
     if text is None and tokenizer is not None:
         raise ValueError("tokenizer=… goes with another language model. Pass text=…, or leave it out.")
+
+
+def _warnings(report: SwapReport) -> list[str]:
+    """What to know before relying on the model."""
+    new = [part["name"] for part in report.parts if part["what"] == "initialised" and "projector" in part["name"]]
+    if not new:
+        return []
+    return [
+        f"{', '.join(new)}: new and not fitted to anything, so answers about pictures mean nothing yet. Swap with "
+        "images=… (unlabelled pictures), or train the projector."
+    ]
 
 
 def _described(model: AnyVlmForConditionalGeneration, vision: bool, text: bool) -> str:

@@ -58,6 +58,7 @@ def swap_language_model(
         CompositionError: the language model cannot be used in this model; the message says why and what would.
     """
     config = copy.deepcopy(model.config)
+    config.dtype = model.dtype  # saving writes its name there
     fusion_name, image_views = config.fusion, config.image_views
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)

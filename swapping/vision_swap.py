@@ -106,6 +106,7 @@ def swap_vision_tower(
         )
         check_context(model.language_model.config, plan, part.spec)
         config = copy.deepcopy(model.config)
+        config.dtype = model.dtype  # saving writes its name there
         config.vision_config = copy.deepcopy(part.tower.config)
         config.vision_tower_spec = part.spec
         config.vision_feature_layer, config.vision_feature_select_strategy = part.layer, part.select_strategy
