@@ -165,12 +165,15 @@ def _entries(prefix: str, tensors: dict[str, _Fate], model: nn.Module) -> list[d
     if len(fates) == 1:
         return [_entry(prefix, tensors, _class_name(model, prefix))]
     if _part(prefix) != "multi_modal_projector" or prefix in tensors:
-        # A language model has hundreds of modules: they are named in the note, not one by one.
-        return [
-            _entry(prefix, chosen, _named(prefix, chosen) if what != "kept" else "the rest")
-            for what in CHANGES
-            if (chosen := {name: fate for name, fate in tensors.items() if fate.what == what})
-        ]
+        entries = []
+        for what in CHANGES:
+            chosen = {name: fate for name, fate in tensors.items() if fate.what == what}
+            if what != "kept" and 0 < len(chosen) <= 3:
+                entries += [_entry(name, {name: fate}, "") for name, fate in chosen.items()]
+            elif chosen:
+                # A language model has hundreds of modules: they are named in the note, not one by one.
+                entries.append(_entry(prefix, chosen, "the rest" if what == "kept" else _named(prefix, chosen)))
+        return entries
     children: dict[str, dict[str, _Fate]] = {}
     for name, fate in tensors.items():
         child = name.removeprefix(prefix + ".").split(".", 1)[0]
