@@ -55,8 +55,14 @@ def resample_features(features: torch.Tensor, grid: Grid, target: Grid) -> torch
     """Features `(num_images, rows * columns, width)` on another grid over the same picture, bilinear between the middles of
     places, and averaged where there are fewer of them."""
     maps = features.transpose(1, 2).unflatten(2, tuple(grid))
+    # With antialiasing torch (2.13) makes wrong rows of a single column; lying down it is right.
+    is_column = target[1] == 1
+    if is_column:
+        maps, target = maps.transpose(2, 3), (target[1], target[0])
     # Not every device has this in half precision.
     maps = nn.functional.interpolate(
         maps.float(), size=tuple(target), mode="bilinear", align_corners=False, antialias=True
     )
+    if is_column:
+        maps = maps.transpose(2, 3)
     return maps.flatten(2).transpose(1, 2).to(features.dtype)
