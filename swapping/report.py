@@ -16,6 +16,7 @@ from ..composition.compatibility_report import count
 CHANGES = {
     "kept": "the tensors are those of the old model, bit for bit",
     "replaced": "another part, with weights of its own",
+    "resized": "the old tensor, interpolated or resampled for another size",
     "solved": "computed in closed form from unlabelled pictures",
     "trained": "changed by gradient steps",
     "initialised": "new, and not yet fitted to anything",

@@ -19,6 +19,7 @@ from .modality_gap import modality_gap_change
 from .part_changes import compare_parts, digest
 from .picture_paths import PicturePath
 from .report import SwapReport
+from .same_tower import same_tower
 from .text_swap import swap_language_model
 from .vision_swap import swap_vision_tower
 
@@ -39,6 +40,7 @@ def swap(
     image_processor: BaseImageProcessor | str | Sequence | None = None,
     tokenizer: PreTrainedTokenizerBase | str | None = None,
     image_size: int | tuple[int, int] | None = None,
+    patch_size: int | None = None,
     views: str | dict | None = None,
     image_tokens: str = "keep",
     vision_feature_layer: int | Sequence | None = None,
@@ -62,8 +64,10 @@ def swap(
         image_processor: Instance, path or Hub id. Default: the new tower's.
         tokenizer: Instance, path or Hub id. Default: the new language model's.
         image_size: Pixels, one edge or `(height, width)`. Default: for a tower of the same type as before, otherwise
-            what its image processor makes.
-        views: How a picture is shown to the tower, as for `compose`. Default: in as many views as before.
+            what its image processor makes. Without `vision`, the model's own tower for pictures of this size.
+        patch_size: Pixels along each edge of a patch: the model's own tower with its kernels resampled.
+        views: How a picture is shown to the tower, as for `compose`. Default: in as many views as before. Without `vision`,
+            the model's own tower with other views.
         image_tokens: `"keep"`: features are brought to the old tower's grid, so that a picture has as many tokens as the
             language model is used to. `"own"`: as many as the new tower has features for.
         vision_feature_layer, vision_feature_select_strategy, vision_fusion: As for `compose`. Default: for a tower of the
@@ -78,12 +82,19 @@ def swap(
         CompositionError: the part cannot be used in this model; the message says why and what would.
         ValueError: nothing to swap, or arguments that do not go together.
     """
-    _check_arguments(model, processor, vision, text, audio, tokenizer)
+    keeps_tower = vision is None and any(setting is not None for setting in (image_size, patch_size, views))
+    _check_arguments(model, processor, vision, text, audio, tokenizer, keeps_tower, patch_size)
     started = time.monotonic()
     before = digest(model)
     projector_config = None if projector is None else typed(projector)
     new_model, new_processor = model, processor
     changes: dict[str, str] = {}
+    notes: list[tuple[str, str]] = []
+    if keeps_tower:
+        vision, said = same_tower(model, image_size, patch_size)
+        notes = [tuple(note.split(": ", 1)) for note in said if ": " in note]
+        image_processor = image_processor or processor.image_processor
+        image_size = image_size or _fixed_size(model)
     if vision is not None:
         new_model, new_processor = swap_vision_tower(
             new_model,
@@ -100,7 +111,8 @@ def swap(
             trust_remote_code=trust_remote_code,
             seed=seed,
         )
-        changes |= {"vision_tower": "replaced", "multi_modal_projector": "initialised"}
+        tower_change = "resized" if keeps_tower else "replaced"
+        changes |= {"vision_tower": tower_change, "multi_modal_projector": "initialised"}
     if text is not None:
         new_model, new_processor = swap_language_model(
             new_model,
@@ -125,10 +137,16 @@ def swap(
         seconds=time.monotonic() - started,
     )
     report.warnings += _warnings(report)
+    for part in report.parts:
+        if part["what"] == "resized":
+            own = [note for name, note in notes if part["name"].endswith(name)]
+            part["note"] = "; ".join(own or [f"{name}: {note}" for name, note in notes])
     return new_model, new_processor, report
 
 
-def _check_arguments(model: Any, processor: Any, vision: Any, text: Any, audio: Any, tokenizer: Any) -> None:
+def _check_arguments(
+    model: Any, processor: Any, vision: Any, text: Any, audio: Any, tokenizer: Any, keeps_tower: bool, patch_size: Any
+) -> None:
     if not isinstance(model, AnyVlmForConditionalGeneration):
         raise ValueError(
             f"A {type(model).__name__} is no composed model. Make one with anyvlm.compose, or of one that transformers has "
@@ -138,8 +156,12 @@ def _check_arguments(model: Any, processor: Any, vision: Any, text: Any, audio: 
         raise ValueError(f"A {type(processor).__name__} is not the processor of a composed model. Pass its own.")
     if audio is not None:
         raise CompositionError("This model has no audio tower that could be swapped. Leave out audio=….")
-    if vision is None and text is None:
-        raise ValueError("Nothing to swap. Pass vision=…, text=…, or both.")
+    if vision is None and text is None and not keeps_tower:
+        raise ValueError(
+            "Nothing to swap. Pass vision=…, text=…, or both; or another image_size=… for the same tower."
+        )
+    if vision is not None and patch_size is not None:
+        raise ValueError("patch_size=… is for the model's own tower. Leave out either that or vision=….")
     if text is None and tokenizer is not None:
         raise ValueError("tokenizer=… goes with another language model. Pass text=…, or leave it out.")
 
@@ -166,6 +188,12 @@ def _described(model: AnyVlmForConditionalGeneration, vision: bool, text: bool) 
             known = " + ".join(found for found in ids if found)
             named.append(type(part).__name__ + (f" ({known})" if known else ""))
     return " and ".join(named)
+
+
+def _fixed_size(model: AnyVlmForConditionalGeneration) -> tuple[int, int] | None:
+    """The size of the tower's pictures, if it is one."""
+    spec = model.config.vision_tower_spec
+    return None if spec["any_size"] else tuple(spec["image_size"])
 
 
 def _tokens_per_picture(model: AnyVlmForConditionalGeneration, processor: AnyVlmProcessor) -> int:

@@ -1,0 +1,31 @@
+"""A model's own tower for pictures, or patches, of another size."""
+
+from torch import nn
+
+from ..composition.errors import CompositionError
+from ..modeling.fused_vision_towers import FusedVisionTowers
+from ..modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
+from .resized_tower import fit_to_size, resized_tower
+
+
+def same_tower(
+    model: AnyVlmForConditionalGeneration, image_size: int | tuple[int, int] | None, patch_size: int | None
+) -> tuple[nn.Module, list[str]]:
+    """The tower of a model, or a resized copy where it cannot take pictures of this size by itself.
+
+    Returns:
+        The tower, and what was done to tensors that are not the old ones bit for bit.
+
+    Raises:
+        CompositionError: it cannot be resized.
+    """
+    tower = model.vision_tower
+    if isinstance(tower, FusedVisionTowers):
+        raise CompositionError(
+            "This model has several towers, and which of them should change is not known. Pass all of them: vision=(…, …)."
+        )
+    if patch_size is not None:
+        return resized_tower(tower, image_size, patch_size)
+    if image_size is None or fit_to_size(tower, image_size) is tower:
+        return tower, []
+    return resized_tower(tower, image_size)
