@@ -12,6 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+
 from .errors import FreshProcessError, PublishingError
 from .fresh_worker import MARK
 from .static_checks import check_files, code_files
@@ -111,6 +114,25 @@ def check_in_fresh_process(
         seconds=time.monotonic() - started,
         **result,
     )
+
+
+def logits_in_fresh_process(
+    checkpoint: str | os.PathLike, *, timeout: float = 3600, on_step: Callable[[str], None] | None = None
+) -> dict[str, torch.Tensor]:
+    """Load a checkpoint in a fresh process, without `anyvlm`, and run it on the first picture and question of
+    `fresh_worker.py`.
+
+    Returns:
+        `logits` `(1, sequence, vocabulary)` of the prompt and `tokens` `(1, NEW_TOKENS)` of a greedy answer.
+
+    Raises:
+        FreshProcessError: a step failed; the message names it.
+    """
+    with tempfile.TemporaryDirectory(prefix="anyvlm-check-") as folder:
+        logits = Path(folder, "logits.safetensors")
+        options = ["--logits-to", str(logits)]
+        _run_worker(Path(checkpoint).resolve(), QUICK_CLASSES, options, timeout, on_step)
+        return load_file(logits)
 
 
 def run_in_fresh_process(

@@ -161,6 +161,7 @@ def check(arguments: argparse.Namespace) -> None:
         tell(step="save the checkpoint again")
         model.save_pretrained(arguments.save_to)
         processor.save_pretrained(arguments.save_to)
+    if arguments.logits_to:
         save_file(expected, arguments.logits_to)
     tell(
         result={
@@ -181,7 +182,7 @@ def main() -> None:
     parser.add_argument("--classes", nargs="+", required=True, help="Auto classes to load the model with, in turn")
     parser.add_argument("--expected", help="logits and tokens that must come out, written by --logits-to")
     parser.add_argument("--save-to", help="save the loaded checkpoint again, into this folder")
-    parser.add_argument("--logits-to", help="with --save-to: write logits and tokens to this file")
+    parser.add_argument("--logits-to", help="write logits and tokens to this file")
     try:
         check(parser.parse_args())
     except Exception as error:

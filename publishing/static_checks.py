@@ -33,6 +33,29 @@ def check_files(checkpoint: str | os.PathLike) -> None:
         PublishingError: with everything that is wrong.
     """
     checkpoint = Path(checkpoint)
+    configs, problems = _loading_problems(checkpoint)
+    for name, config in configs.items():
+        for where, value in _local_paths(config):
+            problems.append(f"{name} names a folder of this machine: {where} is {value!r}")
+    published, _ = files_to_publish(checkpoint)
+    pickles = [name for name in published if name.endswith(_PICKLES)]
+    if pickles:
+        problems.append(f"pickle files can run code when they are loaded: move {', '.join(pickles)} elsewhere")
+    if problems:
+        raise PublishingError(f"{checkpoint} cannot be published: {'; '.join(problems)}.")
+
+
+def loading_problems(checkpoint: str | os.PathLike) -> list[str]:
+    """What is missing in a folder, or does not belong together, so that it could not be loaded.
+
+    Raises:
+        PublishingError: it is no folder of a whole model.
+    """
+    return _loading_problems(Path(checkpoint))[1]
+
+
+def _loading_problems(checkpoint: Path) -> tuple[dict[str, dict], list[str]]:
+    """The configs that can be read, and the problems."""
     if not checkpoint.is_dir():
         raise PublishingError(f"{checkpoint} is not a folder. Pass the one that save_pretrained wrote.")
     if not (checkpoint / "config.json").is_file() and (checkpoint / "adapter_config.json").is_file():
@@ -52,15 +75,7 @@ def check_files(checkpoint: str | os.PathLike) -> None:
     own_tokenizer = "AutoTokenizer" in (configs.get("tokenizer_config.json", {}).get("auto_map") or {})
     if not own_tokenizer and not any(path for pattern in _VOCABULARIES for path in checkpoint.glob(pattern)):
         problems.append("the tokenizer's vocabulary is missing (tokenizer.json or another): save the processor too")
-    for name, config in configs.items():
-        for where, value in _local_paths(config):
-            problems.append(f"{name} names a folder of this machine: {where} is {value!r}")
-    published, _ = files_to_publish(checkpoint)
-    pickles = [name for name in published if name.endswith(_PICKLES)]
-    if pickles:
-        problems.append(f"pickle files can run code when they are loaded: move {', '.join(pickles)} elsewhere")
-    if problems:
-        raise PublishingError(f"{checkpoint} cannot be published: {'; '.join(problems)}.")
+    return configs, problems
 
 
 def code_files(checkpoint: str | os.PathLike) -> set[str]:
