@@ -23,6 +23,8 @@ from .processing.fused_image_processor import FusedImageProcessor
 from .processing.processing_anyvlm import AnyVlmProcessor
 from .swapping.report import SwapReport
 from .swapping.swap import swap
+from .swapping.verification import verify
+from .swapping.verification_report import VerificationReport
 from .swapping.while_loading import load_swapped_model as _load_swapped_model  # noqa: F401 - registers itself
 from .training.collator import AnyVlmDataCollator
 
@@ -44,10 +46,12 @@ __all__ = [
     "CompatibilityReport",
     "CompositionError",
     "SwapReport",
+    "VerificationReport",
     "__version__",
     "check",
     "compose",
     "from_native",
     "swap",
     "to_native",
+    "verify",
 ]

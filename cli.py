@@ -13,6 +13,7 @@ from .commands.compose import compose
 from .commands.convert import convert
 from .commands.demo import demo
 from .commands.generate import generate
+from .commands.verify import verify
 from .publishing.command import push
 
 
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for _command in (compose, generate, demo, check, convert, push):
+for _command in (compose, generate, demo, check, verify, convert, push):
     app.command()(_command)
 
 

@@ -7,8 +7,10 @@ compared with its source by itself, in the order in which data passes: what fail
 import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +19,15 @@ from transformers import PreTrainedModel
 
 from ..composition.running import in_mode
 from ..configuration.configuration_anyvlm import AnyVlmConfig
+from ..processing.pictures import to_rgb_picture
 from ..publishing.fresh_worker import picture
-from . import verification_language_model, verification_processor, verification_projector
-from . import verification_vision_tower, verification_whole
+from . import (
+    verification_language_model,
+    verification_processor,
+    verification_projector,
+    verification_vision_tower,
+    verification_whole,
+)
 from .verification_checks import Check, CheckFailed, NotChecked, Subject
 from .verification_files import check_files, check_version, folder_of, load_model, load_processor
 from .verification_report import FAILED, NOT_CHECKED, PASSED, CheckResult, StepResult, VerificationReport
@@ -29,7 +37,12 @@ from .verification_sources import Sources, sort_sources
 #: Parts that may be said to be trained.
 TRAINABLE = ("vision_tower", "language_model")
 
-_SAVE_AGAIN = "Save it again, whole: model.save_pretrained(path) and processor.save_pretrained(path), of a model that works."
+#: More show nothing new.
+_MOST_PICTURES = 8
+
+_SAVE_AGAIN = (
+    "Save it again, whole: model.save_pretrained(path) and processor.save_pretrained(path), of a model that works."
+)
 
 #: Steps after loading: name, title, checks.
 _STEPS: tuple[tuple[str, str, tuple[Check, ...]], ...] = (
@@ -89,7 +102,9 @@ def verify(
     started = time.monotonic()
     unknown = set(trained) - set(TRAINABLE)
     if unknown:
-        raise ValueError(f"{', '.join(sorted(unknown))} cannot be said to be trained. Choose of: {', '.join(TRAINABLE)}.")
+        raise ValueError(
+            f"{', '.join(sorted(unknown))} cannot be said to be trained. Choose of: {', '.join(TRAINABLE)}."
+        )
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
     subject = Subject(None, None, Sources(), _pictures(images), trained=frozenset(trained), scale_limit=scale_limit)
@@ -166,13 +181,30 @@ def _take(subject: Subject, checkpoint: str | os.PathLike | tuple[PreTrainedMode
         raise ValueError("Pass a path, a Hub id, or (model, processor).") from None
     if not isinstance(getattr(subject.model, "config", None), AnyVlmConfig):
         raise ValueError(
-            f"{type(subject.model).__name__} is not a composed model. Pass what anyvlm.compose or anyvlm.swap returned, and what "
-            "it is made of with against=…."
+            f"{type(subject.model).__name__} is not a composed model. Pass what anyvlm.compose or anyvlm.swap "
+            "returned, and what it is made of with against=…."
         )
     return subject.model.name_or_path or "a model in memory"
 
 
 def _pictures(images: Any) -> list[Image.Image]:
+    """At least two different pictures.
+
+    Raises:
+        ValueError: fewer, or something else.
+    """
     if images is None:
-        return [picture(0, (320, 240)), picture(1, (320, 240))]
-    raise NotImplementedError
+        return [picture(seed, (320, 240)) for seed in (0, 1, 2)]
+    if isinstance(images, (str, os.PathLike)):
+        folder = Path(images)
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder of pictures.")
+        known = Image.registered_extensions()
+        images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known)
+    pictures = []
+    for image in islice(images, _MOST_PICTURES):
+        image = image["image"] if isinstance(image, Mapping) else image
+        pictures.append(to_rgb_picture(Image.open(image) if isinstance(image, (str, os.PathLike)) else image))
+    if len(pictures) < 2:
+        raise ValueError(f"Verifying takes two pictures at least, to see that they differ; there are {len(pictures)}.")
+    return pictures

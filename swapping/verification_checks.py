@@ -108,7 +108,9 @@ class Subject:
         if source is part:
             raise NotChecked("the source that was given is the model's own module: pass its path or Hub id")
         if source.config.model_type != part.config.model_type:
-            raise CheckFailed(f"The model has a {part.config.model_type!r}, and the source is a {source.config.model_type!r}.")
+            raise CheckFailed(
+                f"The model has a {part.config.model_type!r}, and the source is a {source.config.model_type!r}."
+            )
         return source
 
     @property
@@ -119,8 +121,8 @@ class Subject:
 
     @cached_property
     def image_inputs(self) -> dict[str, torch.Tensor]:
-        """What `get_image_features` takes for the pictures, made of the model's config and the image processor alone, so that
-        what else is wrong with the processor does not show before its turn."""
+        """What `get_image_features` takes for the pictures, made of the model's config and the image processor alone, so
+        that what else is wrong with the processor does not show before its turn."""
         return self.image_inputs_of(self.pictures)
 
     def image_inputs_of(self, pictures: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
@@ -138,14 +140,16 @@ class Subject:
             outputs |= {f"qformer_{name}": read[name] for name in ("input_ids", "attention_mask")}
         return {name: value.to(self.device) for name, value in outputs.items()}
 
+    @cached_property
     @torch.no_grad()
-    def image_tokens(self, image_inputs: dict[str, torch.Tensor] | None = None) -> list[torch.Tensor]:
+    def image_tokens(self) -> list[torch.Tensor]:
         """Tokens of each picture, `(num_tokens, width)`."""
-        inputs = self.image_inputs if image_inputs is None else image_inputs
-        return list(self.model.get_image_features(**inputs).pooler_output)
+        return list(self.model.get_image_features(**self.image_inputs).pooler_output)
 
 
-def agree(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, steps: int, what: str, than: str) -> Finding:
+def agree(
+    found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, steps: int, what: str, than: str
+) -> Finding:
     """That two results are equal but for rounding.
 
     Args:
@@ -163,9 +167,8 @@ def agree(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, steps
         "relative_difference": relative_error(found, expected),
         "max_difference": float((found - expected).abs().max()),
     }
-    reason = (
-        f"{steps} roundings of {str(dtype).removeprefix('torch.')}, as RMS of the difference over RMS of what is expected"
-    )
+    name = str(dtype).removeprefix("torch.")
+    reason = f"{steps} roundings of {name}, at least 1e-5; RMS of the difference over RMS of what is expected"
     if not figures["relative_difference"] <= tolerance:  # so that NaN fails
         raise CheckFailed(
             f"{what} differ from those of {than} by {figures['relative_difference']:.2g} "
@@ -175,7 +178,9 @@ def agree(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, steps
             reason,
         )
     detail = f"{what} are those of {than}"
-    detail += "." if figures["max_difference"] == 0 else f" but for {figures['relative_difference']:.1g}, which is rounding."
+    detail += (
+        "." if figures["max_difference"] == 0 else f" but for {figures['relative_difference']:.1g}, which is rounding."
+    )
     return Finding(detail, figures, tolerance, reason)
 
 
@@ -201,10 +206,12 @@ def compare_weights(found: nn.Module, expected: nn.Module, ignored: tuple[str, .
         ignored: Beginnings of names that do not count.
 
     Returns:
-        `tensors` compared, `changed` (how many), `relative_change` of all weights, `most_changed` (name -> relative change of
-        up to five), `lacking` and `additional` names, `other_shapes` (name -> both shapes), `new_rows` of the vocabulary.
+        `tensors` compared, `changed` (how many), `relative_change` of all weights, `most_changed` (name -> relative change
+        of up to five), `lacking` and `additional` names, `other_shapes` (name -> both shapes), `new_rows` of the vocabulary.
     """
-    own, other = ({n: t for n, t in module.state_dict().items() if not n.startswith(ignored)} for module in (found, expected))
+    own, other = (
+        {n: t for n, t in module.state_dict().items() if not n.startswith(ignored)} for module in (found, expected)
+    )
     rows = tuple(_vocabulary(module) for module in (found, expected))
     shapes, changes, squares = {}, {}, [0.0, 0.0]
     for name in own.keys() & other.keys():

@@ -2,18 +2,17 @@
 
 import logging
 import os
-import tempfile
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoProcessor
 
 from ..configuration.configuration_anyvlm import CODE_VERSION, AnyVlmConfig
 from ..modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
 from ..processing.processing_anyvlm import AnyVlmProcessor
 from ..publishing.errors import PublishingError
 from ..publishing.static_checks import loading_problems
-from .verification_checks import Check, CheckFailed, Finding, NotChecked, Subject
+from .verification_checks import CheckFailed, Finding, NotChecked, Subject
 
 
 logger = logging.getLogger(__name__)
@@ -31,8 +30,8 @@ def folder_of(checkpoint: str | os.PathLike) -> Path:
         config, _ = AnyVlmConfig.get_config_dict(folder)
         if config.get("model_type") != AnyVlmConfig.model_type:
             raise ValueError(
-                f"{checkpoint} is a {config.get('model_type')!r} model, not a composed one. Pass the composed checkpoint first, "
-                "and what it is made of with against=… (--against)."
+                f"{checkpoint} is a {config.get('model_type')!r} model, not a composed one. Pass the composed "
+                "checkpoint first, and what it is made of with against=… (--against)."
             )
     return folder
 
@@ -59,7 +58,9 @@ def load_model(subject: Subject, trust_remote_code: bool, **arguments) -> Findin
         named = ", ".join(left_over[:5]) + (f" and {len(left_over) - 5} more" if len(left_over) > 5 else "")
         raise CheckFailed(f"The model has no place for {len(left_over)} weights: {named}.", {"left_over": left_over})
     subject.model = model.eval()
-    return Finding(f"Every weight has its place ({model.num_parameters():,} parameters, {model.dtype}).".replace("torch.", ""))
+    return Finding(
+        f"Every weight has its place ({model.num_parameters():,} parameters, {model.dtype}).".replace("torch.", "")
+    )
 
 
 def load_processor(subject: Subject, trust_remote_code: bool) -> Finding:
@@ -78,7 +79,7 @@ def check_version(subject: Subject) -> Finding:
     figures = {"checkpoint": written, "in_use": CODE_VERSION}
     if written != CODE_VERSION:
         subject.notes.append(
-            f"The checkpoint was written by anyvlm {written}, and is verified with the code of anyvlm {CODE_VERSION}; only the "
-            "fresh process runs its own code."
+            f"The checkpoint was written by anyvlm {written}, and is verified with the code of anyvlm {CODE_VERSION}; "
+            "only the fresh process runs its own code."
         )
     return Finding(f"Written by anyvlm {written}; {CODE_VERSION} is in use.", figures)

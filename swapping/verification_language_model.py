@@ -109,7 +109,9 @@ def check_composed(subject: Subject) -> Finding:
     texts = text_ids(subject)
     found = torch.cat([composed_logits(subject, ids)[0] for ids in texts])
     expected = torch.cat([logits_of(subject.model.language_model, ids)[0] for ids in texts])
-    return agree(found, expected, subject.model.dtype, SAME_SHAPES, "Logits of the whole for text alone", "its language model")
+    return agree(
+        found, expected, subject.model.dtype, SAME_SHAPES, "Logits of the whole for text alone", "its language model"
+    )
 
 
 def check_padding(subject: Subject) -> Finding:
@@ -133,7 +135,12 @@ def check_padding(subject: Subject) -> Finding:
         expected += [logits_of(subject.model.language_model, ids)[0] for ids in texts]
     what = f"Logits of texts padded on the {' and the '.join(sides)}"
     return agree(
-        torch.cat(found), torch.cat(expected), subject.model.dtype, OTHER_SHAPES, what, "the language model with each alone"
+        torch.cat(found),
+        torch.cat(expected),
+        subject.model.dtype,
+        OTHER_SHAPES,
+        what,
+        "the language model with each alone",
     )
 
 
@@ -150,25 +157,27 @@ CHECKS = (
     Check(
         "weights",
         check_weights,
-        "If it was trained on purpose, say so (--trained language_model). Otherwise it was trained or changed by mistake, or "
-        "this is not its source: put the source's weights back (anyvlm.swap(…, text=SOURCE)), and freeze it while training.",
+        "If it was trained on purpose, say so (--trained language_model). Otherwise it was trained or changed by "
+        "mistake, or this is not its source: put the source's weights back (anyvlm.swap(…, text=SOURCE)), and freeze "
+        "it while training.",
     ),
     Check(
         "logits",
         check_logits,
-        "The weights are the source's, so the config is not: compare text_config with the source's config.json, and the "
-        "versions of transformers.",
+        "The weights are the source's, so the config is not: compare text_config with the source's config.json, and "
+        "the versions of transformers.",
     ),
     Check(
         "rules",
         check_rules,
-        "Put this language model in with anyvlm.swap or anyvlm.compose, which measure it, not by assigning the module.",
+        "Put this language model in with anyvlm.swap or anyvlm.compose, which measure it, not by assigning the "
+        "module.",
     ),
     Check(
         "text in the whole",
         check_composed,
-        "What lies around the language model changes text without pictures: load the checkpoint again, and look for hooks and "
-        "adapters on model.language_model.",
+        "What lies around the language model changes text without pictures: load the checkpoint again, and look for "
+        "hooks and adapters on model.language_model.",
     ),
     Check("padding", check_padding, "Ask one text at a time, and compose again: padding is measured then."),
     Check("cache", check_cache, "Generate with use_cache=False, and compose again: the cache is measured then."),

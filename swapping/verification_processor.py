@@ -1,11 +1,10 @@
-"""Step "processor": the text has as many placeholders as the model makes tokens, and the tokenizer, the chat template and the
-ends of answers are the language model's."""
+"""Step "processor": the text has as many placeholders as the model makes tokens, and the tokenizer, the chat template and
+the ends of answers are the language model's."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from ..processing.prepared_views import patch_keys
 from ..publishing.fresh_worker import PICTURE_SIZES, picture
@@ -44,7 +43,8 @@ def check_image_token(subject: Subject) -> Finding:
         raise CheckFailed(f"The image token {token!r} is {len(ids)} tokens to the tokenizer.", figures)
     if ids[0] != config.image_token_id:
         raise CheckFailed(
-            f"The image token {token!r} has the id {ids[0]}, and config.image_token_id is {config.image_token_id}.", figures
+            f"The image token {token!r} has the id {ids[0]}, and config.image_token_id is {config.image_token_id}.",
+            figures,
         )
     if ids[0] >= rows:
         raise CheckFailed(
@@ -86,12 +86,14 @@ def check_counts(subject: Subject) -> Finding:
         counts[f"{size[0]}x{size[1]}"] = [placeholders, tokens]
         if placeholders != tokens:
             raise CheckFailed(
-                f"A picture of {size[0]}x{size[1]} pixels gets {placeholders} placeholders, and the model makes {tokens} tokens.",
+                f"A picture of {size[0]}x{size[1]} pixels gets {placeholders} placeholders, and the model makes "
+                f"{tokens} tokens.",
                 {"placeholders_and_tokens": counts},
             )
     most, least = (function(count for count, _ in counts.values()) for function in (max, min))
     return Finding(
-        f"{len(counts)} sizes of pictures take {least if least == most else f'{least} to {most}'} tokens each, in text and model.",
+        f"{len(counts)} sizes of pictures take {least if least == most else f'{least} to {most}'} tokens each, in "
+        "text and model.",
         {"placeholders_and_tokens": counts},
     )
 
@@ -110,10 +112,16 @@ def check_chat_template(subject: Subject) -> Finding:
     pieces = rendered.split(token)
     if len(pieces) != 3:
         raise CheckFailed(
-            f"Of two pictures in a message the chat template writes {len(pieces) - 1}: {rendered!r}.", {"rendered": rendered}
+            f"Of two pictures in a message the chat template writes {len(pieces) - 1}: {rendered!r}.",
+            {"rendered": rendered},
         )
-    if not ("first" in pieces[0] and "second" in pieces[1] and "third" in pieces[2]) and not subject.processor.pictures_first:
-        raise CheckFailed(f"The chat template does not put pictures where they stand: {rendered!r}.", {"rendered": rendered})
+    if (
+        not ("first" in pieces[0] and "second" in pieces[1] and "third" in pieces[2])
+        and not subject.processor.pictures_first
+    ):
+        raise CheckFailed(
+            f"The chat template does not put pictures where they stand: {rendered!r}.", {"rendered": rendered}
+        )
     return Finding("The chat template puts each picture where it stands.", {"rendered": rendered})
 
 
@@ -122,7 +130,11 @@ def check_chat_format(subject: Subject) -> Finding:
     tokenizer = subject.sources.source_tokenizer()
     if tokenizer is None or not tokenizer.chat_template:
         raise NotChecked("no source came with a chat template")
-    plain = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": _ANSWER}, {"role": "user", "content": "?"}]
+    plain = [
+        {"role": "user", "content": QUESTION},
+        {"role": "assistant", "content": _ANSWER},
+        {"role": "user", "content": "?"},
+    ]
     try:
         expected = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template raises what it likes
@@ -155,12 +167,16 @@ def check_special_tokens(subject: Subject) -> Finding:
         )
     foreign = set(_ids(text_config.eos_token_id)) - set(ends)
     if foreign:
-        raise CheckFailed(f"text_config.eos_token_id has {sorted(foreign)}, at which generation does not end.", figures)
+        raise CheckFailed(
+            f"text_config.eos_token_id has {sorted(foreign)}, at which generation does not end.", figures
+        )
     # The config's pad token may be another: some families take their table of positions from it.
     for name, values in (("bos", figures["bos"]), ("pad", figures["pad"][::2])):
         known = {value for value in values if value is not None}
         if len(known) > 1:
-            raise CheckFailed(f"The {name} token is {values[0]} to the tokenizer, but {sorted(known)} in all.", figures)
+            raise CheckFailed(
+                f"The {name} token is {values[0]} to the tokenizer, but {sorted(known)} in all.", figures
+            )
     if subject.sources.text is not None:
         stated = subject.source_language_model().generation_config
         lost = set(_ids(stated.eos_token_id)) - set(ends) if stated is not None else set()
@@ -175,7 +191,9 @@ def check_end_of_answer(subject: Subject) -> Finding:
     """What the chat template writes behind an answer ends generation."""
     tokenizer, ends = subject.processor.tokenizer, _ids(subject.model.generation_config.eos_token_id)
     rendered = _rendered(
-        subject, [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": _ANSWER}], add_generation_prompt=False
+        subject,
+        [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": _ANSWER}],
+        add_generation_prompt=False,
     )
     position = rendered.rfind(_ANSWER)
     if position < 0:
@@ -184,7 +202,9 @@ def check_end_of_answer(subject: Subject) -> Finding:
     marks = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     first = next((token for token in behind if token in marks), None)
     if first is None:
-        raise NotChecked("the chat template ends an answer with plain text, and answers end where the model was taught to")
+        raise NotChecked(
+            "the chat template ends an answer with plain text, and answers end where the model was taught to"
+        )
     name = tokenizer.convert_ids_to_tokens(first)
     if first not in ends:
         raise CheckFailed(
@@ -218,13 +238,15 @@ def _difference(own: Any, other: Any) -> str:
 
 
 _SAVE_TOKENIZER = (
-    "Give the processor the language model's tokenizer, with the image token, and save it with the model: anyvlm.swap and "
-    "anyvlm.compose do it."
+    "Give the processor the language model's tokenizer, with the image token, and save it with the model: anyvlm.swap "
+    "and anyvlm.compose do it."
 )
 
 CHECKS = (
     Check("tokenizer", check_tokenizer, _SAVE_TOKENIZER),
-    Check("image token", check_image_token, _SAVE_TOKENIZER + " Where only the id differs, set config.image_token_id."),
+    Check(
+        "image token", check_image_token, _SAVE_TOKENIZER + " Where only the id differs, set config.image_token_id."
+    ),
     Check(
         "vocabulary",
         check_vocabulary,
@@ -238,24 +260,26 @@ CHECKS = (
     Check(
         "token counts",
         check_counts,
-        "Load model and processor from the same folder. If they are, compose or swap again: what a picture takes is counted then.",
+        "Load model and processor from the same folder. If they are, compose or swap again: what a picture takes is "
+        "counted then.",
     ),
     Check(
         "pictures in the chat template",
         check_chat_template,
-        "Set processor.chat_template to one that writes the image token for each picture; anyvlm.compose makes one of the "
-        "tokenizer's own.",
+        "Set processor.chat_template to one that writes the image token for each picture; anyvlm.compose makes one of "
+        "the tokenizer's own.",
     ),
     Check(
         "chat template",
         check_chat_format,
-        "The language model knows its own format best: leave out chat_template when swapping, and the new one's is taken.",
+        "The language model knows its own format best: leave out chat_template when swapping, and the new one's is "
+        "taken.",
     ),
     Check(
         "special tokens",
         check_special_tokens,
-        "Set model.generation_config (eos_token_id may be a list), model.config.text_config and the tokenizer to the language "
-        "model's own, and save both.",
+        "Set model.generation_config (eos_token_id may be a list), model.config.text_config and the tokenizer to the "
+        "language model's own, and save both.",
     ),
     Check(
         "end of an answer",

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..composition.starting_scale import embedding_rms
+from .modality_gap import modality_gap
 from .verification_checks import Check, CheckFailed, Finding, NotChecked, Subject, compare_weights
 
 
@@ -14,7 +14,7 @@ _MOST_CHANGE = 10.0
 
 
 def check_finite(subject: Subject) -> Finding:
-    tokens = torch.cat(subject.image_tokens())
+    tokens = torch.cat(subject.image_tokens)
     wrong = int((~torch.isfinite(tokens)).sum())
     if wrong:
         weights = [
@@ -33,8 +33,8 @@ def check_scale(subject: Subject) -> Finding:
     ratio = figures["rms_ratio"]
     least, most = 1 / subject.scale_limit, subject.scale_limit
     reason = (
-        "new projectors start at 1; a language model that sees far larger or smaller inputs than its embeddings loses the text "
-        "beside them or the picture"
+        "new projectors start at 1; a language model that sees far larger or smaller inputs than its embeddings loses "
+        "the text beside them or the picture"
     )
     if subject.sources.composed is not None and subject.sources.composed_model()[1] is not None:
         model, processor = subject.sources.composed_model()
@@ -44,17 +44,20 @@ def check_scale(subject: Subject) -> Finding:
         reason = f"at most {_MOST_CHANGE:g} times more or less than in the composed model it was"
     if not least <= ratio <= most:
         raise CheckFailed(
-            f"Image tokens are {ratio:.3g} times as large as the text's embeddings (RMS), outside of {least:.3g} to {most:.3g}.",
+            f"Image tokens are {ratio:.3g} times as large as the text's embeddings (RMS), outside of {least:.3g} to "
+            f"{most:.3g}.",
             figures,
             [least, most],
             reason,
         )
-    return Finding(f"Image tokens are {ratio:.3g} times as large as the text's embeddings.", figures, [least, most], reason)
+    return Finding(
+        f"Image tokens are {ratio:.3g} times as large as the text's embeddings.", figures, [least, most], reason
+    )
 
 
 def check_places(subject: Subject) -> Finding:
     """Tokens of one picture differ."""
-    several = [tokens.float() for tokens in subject.image_tokens() if len(tokens) > 1]
+    several = [tokens.float() for tokens in subject.image_tokens if len(tokens) > 1]
     if not several:
         raise NotChecked("a picture has one token")
     variation = min(_variation(tokens) for tokens in several)
@@ -63,22 +66,27 @@ def check_places(subject: Subject) -> Finding:
 
 def check_pictures(subject: Subject) -> Finding:
     """Tokens of different pictures differ."""
-    tokens = [each.float() for each in subject.image_tokens()]
+    tokens = [each.float() for each in subject.image_tokens]
     variations = []
     for first, second in zip(tokens, tokens[1:]):
         if first.shape != second.shape:
             first, second = first.mean(0, keepdim=True), second.mean(0, keepdim=True)
-        variations.append(float((first - second).square().mean().sqrt() / first.square().mean().sqrt().clamp(min=1e-30)))
-    return _varies(max(variations), "Different pictures give the same tokens", "Different pictures give different tokens")
+        variations.append(
+            float((first - second).square().mean().sqrt() / first.square().mean().sqrt().clamp(min=1e-30))
+        )
+    return _varies(
+        max(variations), "Different pictures give the same tokens", "Different pictures give different tokens"
+    )
 
 
 def check_gap(subject: Subject) -> Finding:
     """How far apart image tokens and embeddings lie. It is measured, not judged: models with a large gap work."""
     figures = statistics(subject)
-    if not figures["modality_gap"] == figures["modality_gap"]:
+    if not figures["distance"] == figures["distance"]:
         raise CheckFailed("The distance between the means of image tokens and embeddings is no number.", figures)
     return Finding(
-        f"The means of image tokens and of embeddings are {figures['modality_gap']:.3g} embeddings' norms apart.", figures
+        f"The means of image tokens and of embeddings are {figures['distance']:.3g} lengths of an embedding apart.",
+        figures,
     )
 
 
@@ -94,36 +102,29 @@ def check_same(subject: Subject) -> Finding:
         return Finding("The projector is bit for bit what it was.", figures)
     kept = figures["tensors"] - figures["changed"] - len(figures["other_shapes"])
     return Finding(
-        f"{kept} tensors of the projector are what they were; {figures['changed']} changed, {len(figures['other_shapes'])} have "
-        f"another shape, {len(figures['additional'])} are new.",
+        f"{kept} tensors of the projector are what they were; {figures['changed']} changed, "
+        f"{len(figures['other_shapes'])} have another shape, {len(figures['additional'])} are new.",
         figures,
     )
 
 
 @torch.no_grad()
 def statistics(subject: Subject) -> dict[str, float]:
-    """Of image tokens and embeddings: RMS, mean norm and their ratios; the distance of their means over the embeddings' mean
-    norm.
+    """`modality_gap` of image tokens and the language model's embeddings, and the ratio of their mean norms.
 
     Raises:
         NotChecked: the tokens are of another width, as a fusion may want them.
     """
-    tokens = torch.cat(subject.image_tokens()).float()
+    tokens = torch.cat(subject.image_tokens).float()
     embeddings = subject.model.get_input_embeddings()
     rows = embeddings.weight.shape[0]
     ids = torch.arange(0, rows, max(1, rows // 4096), device=embeddings.weight.device)
     words = embeddings(ids.unsqueeze(0))[0].float()
-    words = words[words.abs().sum(-1) > 0]
+    words = words[words.abs().sum(-1) > 0]  # rows that pad the vocabulary are zero
     if tokens.shape[-1] != words.shape[-1]:
         raise NotChecked("the fusion takes tokens of another width than the embeddings'")
-    rms, norm = float(embedding_rms(subject.model.language_model)), float(words.norm(dim=-1).mean())
-    return {
-        "rms_ratio": float(tokens.square().mean().sqrt()) / rms,
-        "norm_ratio": float(tokens.norm(dim=-1).mean()) / norm,
-        "modality_gap": float((tokens.mean(0) - words.mean(0)).norm()) / norm,
-        "tokens_rms": float(tokens.square().mean().sqrt()),
-        "embeddings_rms": rms,
-    }
+    norms = [each.norm(dim=-1).mean() for each in (tokens, words)]
+    return {**modality_gap(tokens, words), "norm_ratio": float(norms[0] / norms[1])}
 
 
 def _variation(tokens: torch.Tensor) -> float:
@@ -142,25 +143,26 @@ CHECKS = (
     Check(
         "finite",
         check_finite,
-        "Train again from the last good checkpoint, in bfloat16 or float32 instead of float16 and with a lower learning rate.",
+        "Train again from the last good checkpoint, in bfloat16 or float32 instead of float16 and with a lower "
+        "learning rate.",
     ),
     Check(
         "scale",
         check_scale,
-        "Swap again with images=…, which fits the projector, or compose anew, which scales it. If the model was trained so (some "
-        "reach more), allow it: --scale-limit.",
+        "Swap again with images=…, which fits the projector, or compose anew, which scales it. If the model was "
+        "trained so (some reach more), allow it: --scale-limit.",
     ),
     Check(
         "places",
         check_places,
-        "The projector does not let the features through: look at its norms and at weights that are zero, and train it again, or "
-        "swap with images=….",
+        "The projector does not let the features through: look at its norms and at weights that are zero, and train "
+        "it again, or swap with images=….",
     ),
     Check(
         "pictures",
         check_pictures,
-        "The projector does not let the features through: look at its norms and at weights that are zero, and train it again, or "
-        "swap with images=….",
+        "The projector does not let the features through: look at its norms and at weights that are zero, and train "
+        "it again, or swap with images=….",
     ),
     Check("gap to the text", check_gap, "See the check of the scale."),
     Check("compared with before", check_same, ""),

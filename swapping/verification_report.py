@@ -90,7 +90,9 @@ class VerificationReport:
             if check.status == FAILED:
                 return f"First failure: {step.title.lower()}, {check.name}: {check.detail} {check.advice}".strip()
         unchecked = sum(check.status == NOT_CHECKED for _, check in self._checks())
-        return "Nothing is wrong" + (f", as far as it was checked ({unchecked} checks could not be made)." if unchecked else ".")
+        return "Nothing is wrong" + (
+            f", as far as it was checked ({unchecked} checks could not be made)." if unchecked else "."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, JSON-able."""

@@ -75,7 +75,9 @@ class Sources:
 
     def described(self) -> list[dict[str, str]]:
         """`{"source": …, "as": …}` for each use of a source."""
-        towers = [f"vision tower {index}" if len(self.vision) > 1 else "vision tower" for index in range(len(self.vision))]
+        towers = [
+            f"vision tower {index}" if len(self.vision) > 1 else "vision tower" for index in range(len(self.vision))
+        ]
         uses = [*zip(self.vision, towers), (self.text, "language model"), (self.tokenizer, "tokenizer")]
         uses += [(self.image_processor, "image processor"), (self.composed, "composed model")]
         return [{"source": source.name, "as": use} for source, use in uses if source is not None]
@@ -188,7 +190,9 @@ def _named(against: Any) -> list[tuple[str | None, Any]]:
     if against is None:
         return []
     if isinstance(against, Mapping):
-        pairs = [(role, value) for role, values in against.items() for value in (values if _is_list(values) else [values])]
+        pairs = [
+            (role, value) for role, values in against.items() for value in (values if _is_list(values) else [values])
+        ]
     else:
         pairs = [(None, value) for value in (against if _is_list(against) else [against])]
     named = []
@@ -197,7 +201,9 @@ def _named(against: Any) -> list[tuple[str | None, Any]]:
             prefix, separator, rest = value.partition("=")
             role, value = (prefix, rest) if separator else (None, value)
         if role not in (None, *ROLES):
-            raise ValueError(f"{role!r} is nothing a source can be. Choose one of: {', '.join(ROLES)}; or leave it out.")
+            raise ValueError(
+                f"{role!r} is nothing a source can be. Choose one of: {', '.join(ROLES)}; or leave it out."
+            )
         named.append((role, value))
     return named
 
@@ -206,7 +212,9 @@ def _is_list(value: Any) -> bool:
     """Whether this is several sources; `(model, processor)` is one."""
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], ProcessorMixin):
         return False
-    return isinstance(value, Iterable) and not isinstance(value, (str, Mapping, PreTrainedModel, PreTrainedTokenizerBase))
+    return isinstance(value, Iterable) and not isinstance(
+        value, (str, Mapping, PreTrainedModel, PreTrainedTokenizerBase)
+    )
 
 
 def _examine(value: Any, role: str | None, trust_remote_code: bool) -> Source:
@@ -219,7 +227,9 @@ def _examine(value: Any, role: str | None, trust_remote_code: bool) -> Source:
     if role in ("tokenizer", "image_processor"):
         return Source(value, name, {role: ""}, True)
     if isinstance(value, PreTrainedConfig):
-        raise ValueError(f"{name} is a config, which has no weights to compare with. Pass a path, a Hub id or a model.")
+        raise ValueError(
+            f"{name} is a config, which has no weights to compare with. Pass a path, a Hub id or a model."
+        )
     if isinstance(value, tuple) and value and isinstance(value[0], PreTrainedModel):
         config = value[0].config
     elif isinstance(value, PreTrainedModel):
@@ -235,8 +245,8 @@ def _examine(value: Any, role: str | None, trust_remote_code: bool) -> Source:
         types = {role: types.get(role) or config.model_type}
     if not types:
         raise ValueError(
-            f"{name} is a {config.model_type!r} model, which is neither a vision tower nor a causal language model nor holds "
-            "one. Pass the sources that the model was composed from."
+            f"{name} is a {config.model_type!r} model, which is neither a vision tower nor a causal language model "
+            "nor holds one. Pass the sources that the model was composed from."
         )
     return Source(value, name, types, role is not None)
 
@@ -249,7 +259,11 @@ def types_of(config: PreTrainedConfig) -> dict[str, str]:
     types = {}
     text_config = getattr(config, "text_config", None)
     text_config = text_config if isinstance(text_config, PreTrainedConfig) else config
-    if causal_lm_class(text_config) is not None or text_config.is_encoder_decoder or "AutoModelForCausalLM" in auto_map:
+    if (
+        causal_lm_class(text_config) is not None
+        or text_config.is_encoder_decoder
+        or "AutoModelForCausalLM" in auto_map
+    ):
         types["text"] = text_config.model_type
     vision_config = vision_config_of(config)
     tower_class = vision_tower_class(vision_config)
@@ -278,8 +292,8 @@ def _files_without_model(path: str | os.PathLike, name: str, trust_remote_code: 
     if image_processor is not None:
         return Source(image_processor, name, {"image_processor": ""})
     raise ValueError(
-        f"{name} holds no model, tokenizer or image processor that transformers can load. Pass the folders or Hub ids of what "
-        "the model was composed from."
+        f"{name} holds no model, tokenizer or image processor that transformers can load. Pass the folders or Hub ids "
+        "of what the model was composed from."
     )
 
 
@@ -300,8 +314,8 @@ def _only(candidates: list[Source], role: str) -> Source | None:
             return chosen[0]
         if len(chosen) > 1:
             raise ValueError(
-                f"{' and '.join(source.name for source in chosen)} could each be the {ROLES[role]}'s source. Pass one, or say "
-                f"which: {role}=PATH."
+                f"{' and '.join(source.name for source in chosen)} could each be the {ROLES[role]}'s source. Pass "
+                f"one, or say which: {role}=PATH."
             )
     return None
 
@@ -328,8 +342,10 @@ def _fill_from_composed(sources: Sources, config: AnyVlmConfig, towers: list[Pre
     """Use the parts of a composed model where no other source is given and the types are the same."""
     value = sources.composed.value
     model = value[0] if isinstance(value, tuple) else value
-    other = model.config if isinstance(model, PreTrainedModel) else AutoConfig.from_pretrained(
-        value, trust_remote_code=sources.trust_remote_code
+    other = (
+        model.config
+        if isinstance(model, PreTrainedModel)
+        else AutoConfig.from_pretrained(value, trust_remote_code=sources.trust_remote_code)
     )
     other_towers = _tower_configs(other)
     for index, tower in enumerate(towers):
@@ -346,8 +362,9 @@ def _fill_from_composed(sources: Sources, config: AnyVlmConfig, towers: list[Pre
         sources.text = sources.composed
     elif sources.text is None:
         sources.notes.append(
-            f"{sources.composed.name} has {other.text_config.model_type} where this model has {config.text_config.model_type}: "
-            "the language model was replaced. Pass the new one's source too, and it is compared."
+            f"{sources.composed.name} has {other.text_config.model_type} where this model has "
+            f"{config.text_config.model_type}: the language model was replaced. Pass the new one's source too, and it "
+            "is compared."
         )
 
 

@@ -72,8 +72,9 @@ def check_pixels(subject: Subject) -> Finding:
         shapes = [sorted({tuple(each.shape[-2:]) for each in pictures}) for pictures in (found, expected)]
         if shapes[0] != shapes[1]:
             subject.notes.append(
-                f"Pictures reach the tower as {_sizes(shapes[0])} pixels, and its source by itself as {_sizes(shapes[1])}. "
-                "That is as composed with image_size=…; otherwise the image processor is another tower's."
+                f"Pictures reach the tower as {_sizes(shapes[0])} pixels, and its source by itself as "
+                f"{_sizes(shapes[1])}. That is as composed with image_size=…; otherwise the image processor is "
+                "another tower's."
             )
             continue
         compared.append(shapes[0])
@@ -85,7 +86,8 @@ def check_pixels(subject: Subject) -> Finding:
     reason = "RMS over the deviation of the pixels; backends of one image processor differ by a step of 8-bit colour"
     if not worst <= 0.05:
         raise CheckFailed(
-            f"Pixels differ from those that its source sees by {worst:.2g} of their deviation: another crop or interpolation.",
+            f"Pixels differ from those that its source sees by {worst:.2g} of their deviation: another crop or "
+            "interpolation.",
             {"relative_difference": worst},
             0.05,
             reason,
@@ -119,7 +121,8 @@ def check_layer(subject: Subject) -> Finding:
 
 @torch.no_grad()
 def check_features(subject: Subject) -> Finding:
-    """The tower as the model calls and reads it, against its source as running that anew shows how to, on the same pixels."""
+    """The tower as the model calls and reads it, against its source as running that anew shows how to, on the same
+    pixels."""
     config = subject.config
     inputs = dict(subject.image_inputs)
     pixel_values = inputs["pixel_values"]
@@ -138,17 +141,21 @@ def check_features(subject: Subject) -> Finding:
         expected_grids = image_grids(own, pixels, extras)
         if expected_grids != grids:
             raise CheckFailed(
-                f"vision_tower_spec says that a picture gives {grids[0][0]}x{grids[0][1]} features, and its source gives "
-                f"{expected_grids[0][0]}x{expected_grids[0][1]}.",
+                f"vision_tower_spec says that a picture gives {grids[0][0]}x{grids[0][1]} features, and its source "
+                f"gives {expected_grids[0][0]}x{expected_grids[0][1]}.",
                 {"grid": list(grids[0]), "source_grid": list(expected_grids[0])},
             )
         expected = _features(source, own, layer, pixels, extras, expected_grids)
         than = subject.sources.vision[index].name
         details.append(agree_unless_trained(subject, "vision_tower", found, expected, "Features", than))
-    return Finding(" ".join(d.detail for d in details), details[0].figures, details[0].tolerance, details[0].tolerance_reason)
+    return Finding(
+        " ".join(d.detail for d in details), details[0].figures, details[0].tolerance, details[0].tolerance_reason
+    )
 
 
-def _features(tower: nn.Module, spec: dict, layer, pixels: torch.Tensor, extras: dict, grids: list[Grid]) -> torch.Tensor:
+def _features(
+    tower: nn.Module, spec: dict, layer, pixels: torch.Tensor, extras: dict, grids: list[Grid]
+) -> torch.Tensor:
     """Features of all pictures `(all features, width)`."""
     raw_features = call_vision_tower(tower, spec, pixels.to(tower.dtype), layer, extras)
     return torch.cat(read_features(raw_features, spec, grids))
@@ -202,7 +209,9 @@ def _pixels(processor: BaseImageProcessor, picture: Image.Image) -> torch.Tensor
         outputs = image_outputs(processor, [picture], return_tensors="np")
         return torch.from_numpy(np.asarray(outputs["pixel_values"], dtype=np.float32))
     except Exception as error:
-        raise NotChecked(f"{type(processor).__name__} does not take a plain picture ({type(error).__name__}: {error})") from error
+        raise NotChecked(
+            f"{type(processor).__name__} does not take a plain picture ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _settings(processor: BaseImageProcessor) -> dict:
@@ -222,8 +231,9 @@ CHECKS = (
     Check(
         "colours",
         check_colours,
-        "Give the model its tower's image processor: processor.image_processor = AutoImageProcessor.from_pretrained(SOURCE), "
-        "with the size that the model was composed for, or compose or swap again, which does it.",
+        "Give the model its tower's image processor: processor.image_processor = "
+        "AutoImageProcessor.from_pretrained(SOURCE), with the size that the model was composed for, or compose or "
+        "swap again, which does it.",
     ),
     Check(
         "pixels",
@@ -233,18 +243,21 @@ CHECKS = (
     Check(
         "weights",
         check_weights,
-        "If it was trained on purpose, say so (--trained vision_tower). Otherwise it was trained or changed by mistake, or this "
-        "is not its source: put the source's weights back (anyvlm.swap(…, vision=SOURCE)), and freeze it while training.",
+        "If it was trained on purpose, say so (--trained vision_tower). Otherwise it was trained or changed by "
+        "mistake, or this is not its source: put the source's weights back (anyvlm.swap(…, vision=SOURCE)), and "
+        "freeze it while training.",
     ),
     Check(
         "layer",
         check_layer,
-        "The projector was trained for features of another layer: set the value back in config.json, or train the projector.",
+        "The projector was trained for features of another layer: set the value back in config.json, or train the "
+        "projector.",
     ),
     Check(
         "features",
         check_features,
-        "The weights are the source's, so what the config says about the tower (vision_config, vision_tower_spec) or the size of "
-        "the pictures is not: swap the tower in with anyvlm.swap, which measures it, not by assigning the module.",
+        "The weights are the source's, so what the config says about the tower (vision_config, vision_tower_spec) or "
+        "the size of the pictures is not: swap the tower in with anyvlm.swap, which measures it, not by assigning the "
+        "module.",
     ),
 )

@@ -9,8 +9,7 @@ from ..composition.language_model_probe import relative_error, rounding
 from ..modeling.cross_attention import TanhGate
 from ..publishing.errors import PublishingError
 from ..publishing.fresh_process import logits_in_fresh_process
-from ..publishing.fresh_worker import NEW_TOKENS, greedy_tokens, model_inputs, picture
-from ..publishing.fresh_worker import PICTURE_SIZES
+from ..publishing.fresh_worker import NEW_TOKENS, PICTURE_SIZES, greedy_tokens, model_inputs, picture
 from .verification_checks import OTHER_SHAPES, Check, CheckFailed, Finding, NotChecked, Subject, agree
 
 
@@ -38,12 +37,16 @@ def check_picture_changes_logits(subject: Subject) -> Finding:
     least = _LEAST_ROUNDINGS * torch.finfo(dtype).eps
     figures, reason = {"effect": effect}, f"{_LEAST_ROUNDINGS} roundings of {str(dtype).removeprefix('torch.')}"
     if not effect > least:
-        raise CheckFailed(f"Another picture changes the logits behind it by {effect:.1g} only.", figures, least, reason)
+        raise CheckFailed(
+            f"Another picture changes the logits behind it by {effect:.1g} only.", figures, least, reason
+        )
     if subject.config.image_attention != "prefix" and start > 0:
         leak = figures["leak"] = relative_error(others[:start], logits[:start])
         limit = rounding(dtype, OTHER_SHAPES)
         if not leak <= limit:
-            raise CheckFailed(f"Text before the picture sees it: its logits change by {leak:.2g}.", figures, limit, reason)
+            raise CheckFailed(
+                f"Text before the picture sees it: its logits change by {leak:.2g}.", figures, limit, reason
+            )
     return Finding(f"Another picture changes the logits behind it by {effect:.2g}.", figures, least, reason)
 
 
@@ -56,7 +59,11 @@ def check_batch(subject: Subject) -> Finding:
         raise NotChecked("this language model takes no padding, as the config says")
     token = subject.processor.image_token
     first, second = subject.pictures[:2]
-    samples = [(f"{token} What is this?", [first]), ("The cat sat on the mat.", []), (f"{token} or {token}? A word.", [second, first])]
+    samples = [
+        (f"{token} What is this?", [first]),
+        ("The cat sat on the mat.", []),
+        (f"{token} or {token}? A word.", [second, first]),
+    ]
     arguments = {"return_tensors": "pt", "padding": True, "padding_side": side}
     batch = subject.processor(
         text=[text for text, _ in samples], images=[pictures for _, pictures in samples], **arguments
@@ -69,10 +76,18 @@ def check_batch(subject: Subject) -> Finding:
         expected.append(subject.model(**alone).logits[0])
         found.append(logits[row][mask[row]])
     findings = []
-    for what, rows in (("Logits of text alone in a batch with pictures", [1]), ("Logits of pictures in a batch", [0, 2])):
+    for what, rows in (
+        ("Logits of text alone in a batch with pictures", [1]),
+        ("Logits of pictures in a batch", [0, 2]),
+    ):
         mine, theirs = (torch.cat([each[row] for row in rows]) for each in (found, expected))
         findings.append(agree(mine, theirs, subject.model.dtype, OTHER_SHAPES, what, "each sample alone"))
-    return Finding(" ".join(each.detail for each in findings), findings[1].figures, findings[1].tolerance, findings[1].tolerance_reason)
+    return Finding(
+        " ".join(each.detail for each in findings),
+        findings[1].figures,
+        findings[1].tolerance,
+        findings[1].tolerance_reason,
+    )
 
 
 @torch.no_grad()
@@ -100,7 +115,8 @@ def check_generation(subject: Subject) -> Finding:
         largest = max(largest, difference)
         if not difference <= tolerance:
             raise CheckFailed(
-                f"At token {step + 1} of the answer, logits with the cache differ from those without by {difference:.2g}.",
+                f"At token {step + 1} of the answer, logits with the cache differ from those without by "
+                f"{difference:.2g}.",
                 {"with_cache": tokens[0], "without": tokens[1], "relative_difference": difference},
                 tolerance,
                 reason,
@@ -109,7 +125,9 @@ def check_generation(subject: Subject) -> Finding:
             break
     text = subject.processor.decode(tokens[0], skip_special_tokens=True)
     figures = {"tokens": tokens[0], "text": text, "relative_difference": largest}
-    return Finding(f"{len(tokens[0])} tokens are generated, the same with the cache as without.", figures, tolerance, reason)
+    return Finding(
+        f"{len(tokens[0])} tokens are generated, the same with the cache as without.", figures, tolerance, reason
+    )
 
 
 @torch.no_grad()
@@ -132,7 +150,9 @@ def check_fresh_process(subject: Subject) -> Finding:
             found = logits_in_fresh_process(checkpoint, timeout=subject.timeout)
     except PublishingError as error:
         raise CheckFailed(str(error).splitlines()[0]) from error
-    finding = agree(found["logits"], expected, subject.model.dtype, OTHER_SHAPES, "Logits in a fresh process", "this one")
+    finding = agree(
+        found["logits"], expected, subject.model.dtype, OTHER_SHAPES, "Logits in a fresh process", "this one"
+    )
     finding.figures["same_tokens"] = torch.equal(found["tokens"], tokens)
     return finding
 
@@ -147,19 +167,24 @@ CHECKS = (
     Check(
         "picture",
         check_picture_changes_logits,
-        "All steps before passed, so features reach the projector: look at config.fusion, at image_attention and at what the "
-        "language model does with inputs_embeds.",
+        "All steps before passed, so features reach the projector: look at config.fusion, at image_attention and at "
+        "what the language model does with inputs_embeds.",
     ),
     Check(
         "batch",
         check_batch,
-        "Ask one sample at a time; and compose or swap again, which measures on which side the language model takes padding.",
+        "Ask one sample at a time; and compose or swap again, which measures on which side the language model takes "
+        "padding.",
     ),
-    Check("generation", check_generation, "Generate with use_cache=False, and compose or swap again: the cache is measured then."),
+    Check(
+        "generation",
+        check_generation,
+        "Generate with use_cache=False, and compose or swap again: the cache is measured then.",
+    ),
     Check(
         "fresh process",
         check_fresh_process,
-        "Save model and processor again, both into the same folder. If numbers differ, see whether something was changed after "
-        "loading that no file holds.",
+        "Save model and processor again, both into the same folder. If numbers differ, see whether something was "
+        "changed after loading that no file holds.",
     ),
 )
