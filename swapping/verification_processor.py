@@ -24,6 +24,15 @@ def check_tokenizer(subject: Subject) -> Finding:
     if expected is None:
         raise NotChecked("no source came with a tokenizer that can be loaded")
     tokenizer = subject.processor.tokenizer
+    own = tokenizer.get_vocab()
+    moved = [word for word, token in expected.get_vocab().items() if own.get(word) != token]
+    if moved:
+        ids = {word: [own.get(word), expected.get_vocab()[word]] for word in moved[:5]}
+        raise CheckFailed(
+            f"{len(moved)} tokens of the source's tokenizer are missing or have other ids: "
+            f"{', '.join(f'{word!r} is {mine}, there {theirs}' for word, (mine, theirs) in ids.items())}.",
+            ids,
+        )
     for text in TEXTS:
         found, wanted = tokenizer(text).input_ids, expected(text).input_ids
         if found != wanted:
@@ -31,7 +40,7 @@ def check_tokenizer(subject: Subject) -> Finding:
                 f"{text!r} becomes {_start(found)}, and with the source's tokenizer {_start(wanted)}.",
                 {"ids": found, "source_ids": wanted},
             )
-    return Finding(f"{len(TEXTS)} texts become the ids of the source's tokenizer.")
+    return Finding(f"The vocabulary and the ids of {len(TEXTS)} texts are those of the source's tokenizer.")
 
 
 def check_image_token(subject: Subject) -> Finding:

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -212,9 +212,7 @@ def _is_list(value: Any) -> bool:
     """Whether this is several sources; `(model, processor)` is one."""
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], ProcessorMixin):
         return False
-    return isinstance(value, Iterable) and not isinstance(
-        value, (str, Mapping, PreTrainedModel, PreTrainedTokenizerBase)
-    )
+    return isinstance(value, (list, tuple, set))
 
 
 def _examine(value: Any, role: str | None, trust_remote_code: bool) -> Source:

@@ -54,9 +54,11 @@ def check_picture_changes_logits(subject: Subject) -> Finding:
 def check_batch(subject: Subject) -> Finding:
     """A padded batch of one picture, none and two: each sample's logits are those it has alone."""
     spec = subject.model.language_model_interface.spec
-    side = next((side for side in ("left", "right") if spec[f"{side}_padding"]), None)
-    if side is None:
-        raise NotChecked("this language model takes no padding, as the config says")
+    arguments = {"return_tensors": "pt", "padding": True}
+    if not spec["left_padding"]:  # the processor pads on the left by itself
+        arguments["padding_side"] = "right"
+        if not spec["right_padding"]:
+            raise NotChecked("this language model takes no padding, as the config says")
     token = subject.processor.image_token
     first, second = subject.pictures[:2]
     samples = [
@@ -64,7 +66,6 @@ def check_batch(subject: Subject) -> Finding:
         ("The cat sat on the mat.", []),
         (f"{token} or {token}? A word.", [second, first]),
     ]
-    arguments = {"return_tensors": "pt", "padding": True, "padding_side": side}
     batch = subject.processor(
         text=[text for text, _ in samples], images=[pictures for _, pictures in samples], **arguments
     ).to(subject.device)

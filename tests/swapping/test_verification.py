@@ -364,6 +364,7 @@ def test_all_steps_go_on_after_a_failure(composed, sources):
         ("language_model", "logits"),
         ("projector", "scale"),
         ("processor", "special tokens"),
+        ("processor", "end of an answer"),
     ]
     assert report.first_failure == failed[0]
     assert "layers.1.mlp.up_proj.weight" in report.verdict()
