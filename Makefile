@@ -17,7 +17,7 @@ WORKERS ?= auto
 # What the oldest transformers must pass: everything but the demo, the benchmarks and the style of commands.
 CORE_TESTS := tests/composition tests/configuration tests/modeling tests/processing tests/training tests/test_checkpoint.py
 
-.PHONY: help demo test test-oldest matrix architectures combinations lint format parity clean
+.PHONY: help demo test test-oldest matrix architectures combinations swaps lint format parity clean
 
 help:
 	@echo "make demo     make an environment, compose, train on handwritten digits, report (out/demo)"
@@ -26,6 +26,7 @@ help:
 	@echo "make matrix   compute which towers and language models work (docs/compatibility.md); goes on where it was"
 	@echo "make architectures  compare every native family with its class of transformers (docs/architectures.md)"
 	@echo "make combinations  compute which projectors, fusions and views work together (docs/combinations.md)"
+	@echo "make swaps    compute which towers can be swapped for which (docs/swaps.md)"
 	@echo "make lint     check the style"
 	@echo "make format   put the style right"
 	@echo "make parity   measure against the native LLaVA class"
@@ -63,6 +64,9 @@ architectures: $(INSTALLED)
 
 combinations: $(INSTALLED)
 	$(BIN)/python -m anyvlm.compatibility.combinations $(MATRIX_ARGUMENTS)
+
+swaps: $(INSTALLED)
+	$(BIN)/python -m anyvlm.compatibility.swaps $(MATRIX_ARGUMENTS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

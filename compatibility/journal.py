@@ -43,10 +43,10 @@ def versions() -> dict[str, str]:
     }
 
 
-def source_hash(root: Path = ROOT) -> str:
+def source_hash(root: Path = ROOT, code: Iterable[str] = MEASURED_CODE) -> str:
     """A hash of the code that is measured and of that which measures."""
     digest = hashlib.sha256()
-    for name in MEASURED_CODE:
+    for name in code:
         path = root / name
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")

@@ -57,10 +57,15 @@ def video_settings(config: Any, **changes: Any) -> dict:
     if takes_clips(spec):
         fixed = {"num_frames": spec["num_frames"], "fps": None, "max_frames": spec["num_frames"]}
         return _with_fixed(given, {**fixed, "frame_pool": 1, "frame_text": None}, "the vision tower takes clips")
-    one_row = spec["grid"][0] == 1 and not spec["any_size"]
-    if one_row or token_grid(config.projector_config, _LARGE_GRID)[0] == 1:
+    if not has_rows_and_columns(spec, config.projector_config):
         return _with_fixed(given, {"frame_pool": 1}, "the tokens of a picture are not in rows and columns")
     return resolve_video_frames(given)
+
+
+def has_rows_and_columns(vision_tower_spec: dict, projector_config: dict) -> bool:
+    """Whether the tokens of a picture have neighbours, and are not those of queries."""
+    one_row = vision_tower_spec["grid"][0] == 1 and not vision_tower_spec["any_size"]
+    return not one_row and token_grid(projector_config, _LARGE_GRID)[0] > 1
 
 
 def takes_clips(vision_tower_spec: dict) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 #: Settings in pixels, which belong to the size of the tower's pictures.
 _PIXELS = ("view_size", "tile_size", "pinpoints", "longest_edge", "min_crop_size", "slice_size")
 #: Settings that follow from the tower's patches, measured again for another tower.
-_MEASURED = ("cell_size", "cell_tokens", "unit")
+_MEASURED = ("cell_size", "cell_tokens", "cut_patches", "unit")
 
 
 def scaled_views(image_views: dict | None, before: tuple[int, int], after: tuple[int, int]) -> dict | None:

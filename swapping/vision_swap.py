@@ -22,6 +22,7 @@ from ..composition.starting_scale import match_embedding_scale
 from ..composition.views import views_settings
 from ..composition.vision_part import VisionPart, examine_vision_part, vision_sources
 from ..configuration.image_tokens import Grid
+from ..configuration.video_frames import has_rows_and_columns, takes_clips
 from ..modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
 from ..processing.processing_anyvlm import AnyVlmProcessor
 from .feature_maps import core_config, core_features, core_projector, foldable_layer, mapped_config
@@ -99,7 +100,7 @@ def swap_vision_tower(
             settings=settings,
             projector_config=projector_config,
             fusion=model.config.fusion,
-            video_frames=_video_frames(model, part),
+            video_frames=_video_frames(model, part, projector_config),
             image_processor=image_processor,
             image_size=image_size,
             trust_remote_code=trust_remote_code,
@@ -184,10 +185,16 @@ def _projector_config(
     return core if grid is None else {**core, "aligned_grid": list(grid)}
 
 
-def _video_frames(model: AnyVlmForConditionalGeneration, part: VisionPart) -> dict | None:
-    """Settings of videos go on, unless one of the towers takes clips: those settings are the tower's own."""
-    clips = "frames" in (model.config.vision_tower_spec["inputs"], part.spec["inputs"])
-    return None if clips else model.config.video_frames
+def _video_frames(model: AnyVlmForConditionalGeneration, part: VisionPart, projector_config: dict) -> dict | None:
+    """Settings of videos go on, unless one of the towers takes clips: those settings are the tower's own. How tokens are
+    pooled goes on where it could be chosen before and can be now."""
+    specs = [model.config.vision_tower_spec, part.spec]
+    settings = model.config.video_frames
+    if settings is None or any(takes_clips(spec) for spec in specs):
+        return None
+    if all(map(has_rows_and_columns, specs, (model.config.projector_config, projector_config))):
+        return settings
+    return {key: value for key, value in settings.items() if key != "frame_pool"}
 
 
 @torch.no_grad()
