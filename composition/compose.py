@@ -167,7 +167,7 @@ def compose(
             image_size=image_size,
             trust_remote_code=trust_remote_code,
         )
-        image_views = plan.measured.image_views
+        spec, image_views = part.spec, plan.measured.image_views
         check_written(image_text, image_token, text_tokenizer, image_views, fusion)
         check_context(language_model.config, plan, spec)
         width = embedding_width(language_model)

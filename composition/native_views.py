@@ -15,6 +15,7 @@ from ..configuration.token_grids import token_grid
 from ..modeling.picture_inputs import PICTURE_INPUTS
 from ..modeling.vision_towers import call_vision_tower, read_features
 from ..processing.prepared_views import grids_of_outputs, prepare_views
+from .any_size import any_size_spec
 from .errors import CompositionError
 from .image_processors import plain_processor
 from .running import device_of, in_mode
@@ -30,6 +31,26 @@ _GRIDS = ((1, 1), (2, 3), (7, 5), (40, 41))
 _LARGEST_FACTOR = 64
 
 
+def spec_for_native_views(spec: dict, vision_tower: nn.Module, layer: int | list[int] | None) -> dict:
+    """The `vision_tower_spec` by which a tower takes pictures of their own sizes: as it is if it takes patches of any
+    size, else `any_size_spec`.
+
+    Raises:
+        CompositionError: the tower takes pictures of one size alone.
+    """
+    if spec["any_size"] and PICTURE_INPUTS[spec["inputs"]].from_processor:
+        return spec
+    height, width = spec["image_size"]
+    try:
+        return any_size_spec(vision_tower, spec, layer)
+    except CompositionError as error:
+        raise CompositionError(
+            f'This vision tower takes pictures of {height}x{width} pixels, so views="native" cannot be used: {error}. Use '
+            'views="tiles" or views="slices", which show large pictures in several views of that size; or a tower that '
+            "takes any size, such as siglip2_vision_model (NaFlex), qwen2_5_vl_vision, dinov2 or clip_vision_model."
+        ) from error
+
+
 def native_settings(settings: dict, spec: dict, projector_config: dict) -> dict:
     """`image_views` of type `"native"`, with every key.
 
@@ -39,20 +60,12 @@ def native_settings(settings: dict, spec: dict, projector_config: dict) -> dict:
         projector_config: With its `type`.
 
     Raises:
-        CompositionError: the tower takes pictures of one size, the projector makes more tokens than the budget, or a
-            setting is unknown.
+        CompositionError: the projector makes more tokens than the budget, or a setting is unknown.
     """
     unknown = [key for key in settings if key not in _KEYS]
     if unknown:
         raise CompositionError(
             f'views of type "native" have no {", ".join(map(repr, unknown))}. They take max_tokens and min_tokens.'
-        )
-    if not spec["any_size"] or not PICTURE_INPUTS[spec["inputs"]].from_processor:
-        height, width = spec["image_size"]
-        raise CompositionError(
-            f'This vision tower takes pictures of {height}x{width} pixels, so views="native" cannot be used. Use '
-            'views="tiles" or views="slices", which show large pictures in several views of that size; or a tower that '
-            "takes patches of any size, such as siglip2_vision_model (NaFlex), qwen2_5_vl_vision or minicpmv4_6_vision."
         )
     found = {"max_tokens": _MAX_TOKENS, "min_tokens": 1, **settings}
     if not 1 <= found["min_tokens"] <= found["max_tokens"]:

@@ -11,7 +11,7 @@ from ..processing.prepared_views import makes_one_size, tokens_of_sizes
 from .errors import CompositionError
 from .image_processors import load_image_processor
 from .model_sizes import num_positions
-from .native_views import fit_to_budget
+from .native_views import fit_to_budget, spec_for_native_views
 from .parts import PartSource
 from .projector_grid import check_projector_grid
 from .views import Measured, complete_video_frames, complete_views, fewest_and_most_tokens
@@ -57,6 +57,7 @@ def plan_pictures(
     """Complete what `compose` was told about views and videos, by what the tower and its image processor do.
 
     Args:
+        part: Its spec becomes one of pictures of any size, where they keep their own.
         source: What the tower was loaded from.
         settings: What `views_settings` gives.
         projector_config: With its `type`.
@@ -65,6 +66,8 @@ def plan_pictures(
     Raises:
         CompositionError: they cannot work with this tower and this projector.
     """
+    if (settings or {}).get("type") == "native":
+        part.spec = spec_for_native_views(part.spec, part.tower, part.layer)
     spec, processor = part.spec, part.image_processor
     check_projector_grid(projector_config, spec, any_grid=spec["any_size"] and settings is None)
     image_views = complete_views(settings, spec, projector_config, processor, part.size)

@@ -16,6 +16,7 @@ The facts about one tower (names of its arguments, patch size, …) were measure
 | `num_frames` | frames of a clip, for towers of video |
 | `num_tiles` | places for tiles of one picture, for towers that take tiles |
 | `num_patches` | patches of one picture, for masked autoencoders |
+| `by_size` | of `pictures_by_size`: the spec by which pictures of one size are run and read |
 | `any_size` | pictures may have any size that is a multiple of the merged patches |
 """
 
@@ -117,6 +118,13 @@ PICTURE_INPUTS: dict[str, PictureInputs] = {
         arguments={"sizes": ("image_sizes",)},
         from_processor={"sizes": "image_sizes"},
         from_pictures=sized_pictures,
+    ),
+    # Towers of whole pictures that take any size, but one in a batch. Only a run tells which do: no argument says so.
+    "pictures_by_size": PictureInputs(
+        arguments={"sizes": ()},
+        from_processor={"sizes": "image_sizes"},
+        from_pictures=sized_pictures,
+        is_patches=False,
     ),
     "padded_pictures": PictureInputs(
         arguments={"patch_mask": ("patch_attention_mask",)},

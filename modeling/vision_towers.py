@@ -26,6 +26,7 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_BACKBONE_MAPPING, MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 
+from ..configuration.image_tokens import image_grid
 from .parts import own_model_class
 from .picture_inputs import picture_kinds, tower_arguments
 
@@ -105,6 +106,8 @@ def call_vision_tower(
             makes of them, with the rest of it in `processor_outputs`.
         layer: `None` for the output that `spec` names, or one index or several into `hidden_states`.
     """
+    if spec["inputs"] == "pictures_by_size":
+        return [_call_by_size(vision_tower, spec, pixel_values, layer, processor_outputs or {})]
     arguments = tower_arguments(spec, pixel_values, processor_outputs or {})
     arguments.update(spec["call_kwargs"])
     if layer is None:
@@ -113,6 +116,34 @@ def call_vision_tower(
     outputs = vision_tower(**arguments, output_hidden_states=True)
     layers = [layer] if isinstance(layer, int) else list(layer)
     return [outputs.hidden_states[index] for index in layers]
+
+
+def _call_by_size(
+    vision_tower: nn.Module,
+    spec: dict,
+    pixel_values: torch.Tensor,
+    layer: int | Sequence[int] | None,
+    processor_outputs: Mapping,
+) -> torch.Tensor:
+    """Features `(num_images, most features, hidden_size)` of pictures of several sizes, those of one size in one run.
+
+    Args:
+        pixel_values: Pictures, padded below and to the right to the largest of them.
+        processor_outputs: With `image_sizes`, height and width of each without its padding; or empty.
+    """
+    sizes = processor_outputs.get("image_sizes")
+    sizes = [tuple(pixel_values.shape[-2:])] * len(pixel_values) if sizes is None else map(tuple, sizes.tolist())
+    indices: dict[tuple[int, int], list[int]] = {}
+    for index, size in enumerate(sizes):
+        indices.setdefault(size, []).append(index)
+    features: dict[int, torch.Tensor] = {}
+    for (height, width), of_size in indices.items():
+        raw_features = call_vision_tower(
+            vision_tower, spec["by_size"], pixel_values[of_size, :, :height, :width], layer
+        )
+        grids = [image_grid(spec, height, width)] * len(of_size)
+        features.update(zip(of_size, read_features(raw_features, spec["by_size"], grids)))
+    return nn.utils.rnn.pad_sequence([features[index] for index in sorted(features)], batch_first=True)
 
 
 def select_output(outputs, name: str) -> torch.Tensor:

@@ -26,6 +26,10 @@ def cut_pictures(pictures: Sequence[torch.Tensor], spec: dict) -> dict[str, torc
     # A strip grows to the side; everything else has its pictures or patches along the first axis.
     outputs = {"pixel_values": torch.cat(pixels, dim=-1) if spec["inputs"] == "patch_strip" else _padded(pixels, 0)}
     for name, key in row.from_processor.items():
+        if name == "patch_mask":  # image processors mask pixels
+            for tensors in cut:
+                size = spec["patch"]["size"]
+                tensors[name] = tensors[name].repeat_interleave(size, 1).repeat_interleave(size, 2).long()
         outputs[key] = _padded([tensors[name] for tensors in cut], -1 if name == "positions" else 0)
     return outputs
 

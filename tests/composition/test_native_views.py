@@ -125,8 +125,8 @@ def test_queries_have_a_budget_of_features():
 @pytest.mark.parametrize(
     ("vision", "arguments", "message"),
     [
-        ("clip_vision_model", {"views": "native"}, 'takes pictures of 32x32.*views="tiles".*siglip2_vision_model'),
-        ("dinov2", {"views": "native"}, "takes pictures of"),
+        ("aimv2_vision_model", {"views": "native"}, 'takes pictures of 32x32.*views="tiles".*siglip2_vision_model'),
+        ("sam_vision_model", {"views": "native"}, "does not take pictures of another size"),
         ("qwen2_5_vl_vision", {"views": "native", "image_size": 64}, "image_size brings.*Leave out either"),
         ("kimi_k25_vision", {"views": {"type": "native", "max_tokens": 3}}, "does not take all pictures"),
         ("qwen2_5_vl_vision", {"views": {"type": "native", "tokens": 4}}, "no 'tokens'.*max_tokens and min_tokens"),
