@@ -13,10 +13,11 @@ def _along(before: int, after: int) -> torch.Tensor:
     return F.interpolate(columns, size=(after, 2), mode="bilinear", antialias=True)[0, :, :, 0].T
 
 
+@pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("grid", [(4, 1), (1, 4), (4, 4), (4, 2), (1, 1)])
 @pytest.mark.parametrize("target", [(2, 1), (8, 1), (1, 8), (2, 4), (1, 1), (3, 3)])
-def test_both_sides_are_resampled_by_themselves(grid, target):
-    features = torch.randn(2, grid[0] * grid[1], 8)
+def test_both_sides_are_resampled_by_themselves(number, grid, target):
+    features = torch.randn(number, grid[0] * grid[1], 8)
     rows, columns = _along(grid[0], target[0]), _along(grid[1], target[1])
     expected = torch.einsum("ij,bjkc,lk->bilc", rows, features.unflatten(1, grid), columns).flatten(1, 2)
     torch.testing.assert_close(resample_features(features, grid, target), expected)
