@@ -122,6 +122,19 @@ class RidgeSums:
         left.yy = (self.yy - 2 * (weight.T * self.xy).sum(0) + (weight.T * mapped).sum(0)).clamp(min=0)
         return left
 
+    def mapped(self, weight: torch.Tensor, of_mapped: "RidgeSums") -> "RidgeSums":
+        """The sums of the same samples with `y` mapped linearly.
+
+        Args:
+            weight: `(new out_features, out_features)`.
+            of_mapped: Sums with no `x` of the mapped `y` (a bias included), which say what a map alone does not.
+        """
+        weight = weight.to(self.xx.device).to(torch.float64)
+        mapped = RidgeSums(0, 0, device=self.xx.device)
+        mapped.weight, mapped.mean_x, mapped.xx, mapped.xy = self.weight, self.mean_x, self.xx, self.xy @ weight.T
+        mapped.mean_y, mapped.yy = of_mapped.mean_y, of_mapped.yy
+        return mapped
+
     def squared_error(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> float:
         """Sum over samples and outputs of `(weight @ x + bias - y) ** 2`, of the samples that were added."""
         left = self.minus_map(weight, bias)
@@ -133,10 +146,10 @@ class RidgeSums:
         return self._share(self.squared_error(weight, bias))
 
     def _share(self, squared_error: float) -> float:
-        total = float(self.yy.sum())
-        if total <= 0:
+        scatter = float(self.yy.sum())
+        if scatter <= 0:
             return 1.0 if squared_error <= 0 else float("-inf")
-        return 1.0 - squared_error / total
+        return 1.0 - squared_error / scatter
 
     def _float64(self, weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         weight = weight.to(self.xx.device).to(torch.float64)
@@ -177,12 +190,11 @@ def fit(
         prior: Weight and bias towards which the map is drawn. Only the weight is penalised. Default: zero.
     """
     left = sums if prior is None else sums.minus_map(*prior)
-    alpha = penalty(sums, regularisation)
-    if alpha == float("inf") or not bool((sums.xx.diagonal() > 0).any()):
+    if regularisation == float("inf") or not bool((sums.xx.diagonal() > 0).any()):
         weight = torch.zeros_like(sums.xy).T
     else:
         matrix = sums.xx.clone()
-        matrix.diagonal().add_(alpha)
+        matrix.diagonal().add_(penalty(sums, regularisation))
         factor, failed = torch.linalg.cholesky_ex(matrix)
         if bool(failed):  # no penalty, or nearly none, and fewer samples than features
             values, vectors = torch.linalg.eigh(matrix)
@@ -213,14 +225,14 @@ def squared_errors(
     step = vectors.T @ step_x
     turned_xx = vectors.T @ held_out.xx @ vectors + held_out.weight * torch.outer(step, step)
     turned_xy = vectors.T @ held_out.xy + held_out.weight * torch.outer(step, step_y)
-    total = held_out.yy.sum() + held_out.weight * step_y.square().sum()
+    of_mean = held_out.yy.sum() + held_out.weight * step_y.square().sum()
     linear = (turned * turned_xy).sum(1)
     quadratic = (turned @ turned.T) * turned_xx
     errors = []
     floor = max(float(values[-1]), torch.finfo(values.dtype).tiny) * len(values) * torch.finfo(values.dtype).eps
     for regularisation in regularisations:
         inverse = 1 / (values + max(penalty(train, regularisation), floor))
-        errors.append(total - 2 * (inverse @ linear) + inverse @ (quadratic @ inverse))
+        errors.append(of_mean - 2 * (inverse @ linear) + inverse @ (quadratic @ inverse))
     return torch.stack(errors).clamp(min=0)
 
 
@@ -250,21 +262,22 @@ def solve(
         validated = len(folds) if len(folds[0].xx) <= 1024 else 1
     errors, scatter = torch.zeros(len(regularisations), dtype=torch.float64), 0.0
     for index in range(min(validated, len(folds))):
-        train = _sum(folds[:index] + folds[index + 1 :])
+        train = total(folds[:index] + folds[index + 1 :])
         errors += squared_errors(train, folds[index], regularisations, prior).cpu()
         scatter += float(folds[index].yy.sum())
         del train
     shares = [1 - float(error) / scatter if scatter > 0 else 0.0 for error in errors]
     best = max(range(len(shares)), key=shares.__getitem__)
-    weight, bias = fit(_sum(folds), regularisations[best], prior)
+    weight, bias = fit(total(folds), regularisations[best], prior)
     candidates = [
         {"regularisation": value, "explained_variance": share} for value, share in zip(regularisations, shares)
     ]
     return RidgeSolution(weight, bias, regularisations[best], shares[best], candidates)
 
 
-def _sum(folds: Sequence[RidgeSums]) -> RidgeSums:
-    total = RidgeSums(*folds[0].xy.shape, device=folds[0].xx.device)
+def total(folds: Sequence[RidgeSums]) -> RidgeSums:
+    """The sums of the samples of all folds."""
+    together = RidgeSums(*folds[0].xy.shape, device=folds[0].xx.device)
     for sums in folds:
-        total.add_(sums)
-    return total
+        together.add_(sums)
+    return together

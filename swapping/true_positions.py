@@ -54,6 +54,21 @@ class Places:
         )
         return Places(y, x)
 
+    def pooled(self, grid: Grid) -> "Places":
+        """Of what was made of equal parts of the rows and columns: the mean of the middles in each part."""
+        if grid == self.grid:
+            return self
+        y, x = (
+            torch.stack(
+                [
+                    axis[len(axis) * index // length : -(-len(axis) * (index + 1) // length)].mean()
+                    for index in range(length)
+                ]
+            )
+            for axis, length in ((self.y, grid[0]), (self.x, grid[1]))
+        )
+        return Places(y, x)
+
 
 class TruePositions:
     """Where the features of pictures lie that a processor makes ready. What was measured for one size of pictures is kept.
