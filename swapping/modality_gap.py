@@ -38,15 +38,16 @@ def modality_gap_change(
         after: Those of the new one, whose width may be another. Of the same language model, give the same embeddings.
 
     Returns:
-        `before`, `after`: as `modality_gap`. `points`: the tokens' two principal components, of both models together if
-        they have one width, else of each by itself; at most 150 of each kind, evenly chosen.
+        `before`, `after`: as `modality_gap`. `points`: the tokens' two principal components, in lengths of a text embedding;
+        of both models together if they have the same text embeddings, else of each by itself. At most 150 of each kind,
+        evenly chosen.
     """
     gap: dict[str, Any] = {"before": modality_gap(*before), "after": modality_gap(*after)}
-    chosen = {when: [_some(tokens) for tokens in pair] for when, pair in (("before", before), ("after", after))}
-    if before[0].shape[-1] == after[0].shape[-1]:
-        points = _principal_components([*chosen["before"], *chosen["after"]])
+    chosen = [_some(tokens) for tokens in (*before, *after)]
+    if chosen[1].shape == chosen[3].shape and torch.equal(chosen[1], chosen[3]):
+        points = _principal_components(chosen, unit=before[1])
     else:
-        points = [*_principal_components(chosen["before"]), *_principal_components(chosen["after"])]
+        points = _principal_components(chosen[:2], before[1]) + _principal_components(chosen[2:], after[1])
     gap["points"] = {
         "before": {"image": points[0], "text": points[1]},
         "after": {"image": points[2], "text": points[3]},
@@ -67,12 +68,12 @@ def _some(tokens: torch.Tensor) -> torch.Tensor:
     return tokens.detach()[indices].cpu().float()
 
 
-def _principal_components(groups: list[torch.Tensor]) -> list[list[list[float]]]:
-    """Each group's points on the two principal axes of all."""
+def _principal_components(groups: list[torch.Tensor], unit: torch.Tensor) -> list[list[list[float]]]:
+    """Each group's points on the two principal axes of all, in root mean square lengths of the rows of `unit`."""
     together = torch.cat(groups)
     centred = together - together.mean(0)
     axes = torch.linalg.svd(centred, full_matrices=False).Vh[:2]
-    points = centred @ axes.T
+    points = centred @ axes.T / unit.detach().float().cpu().square().sum(-1).mean().sqrt().clamp(min=1e-12)
     if points.shape[1] < 2:
         points = torch.nn.functional.pad(points, (0, 2 - points.shape[1]))
     return [[[round(x, 5), round(y, 5)] for x, y in group.tolist()] for group in points.split([*map(len, groups)])]

@@ -45,9 +45,10 @@ def digest(model: nn.Module) -> ModelDigest:
 def compare_parts(old: ModelDigest, model: nn.Module, changes: Mapping[str, str] | None = None) -> list[dict]:
     """Every part of a model: kept bit for bit, or what was done to it.
 
-    A tensor is kept if the old model had the same one, by its bytes, under the same name, or under the end of it within the
-    same part (an old projector may stand inside a new one). Nothing else counts as kept, whatever `changes` says. What
-    `changes` says was replaced is not kept, though a new tower of the same family has some equal tensors, such as zeros.
+    A tensor is kept if the old model had the same one, by its bytes, under the same name, or one longer or shorter at
+    its front within the same part (an old projector may stand inside a new one). Nothing else counts as kept, whatever
+    `changes` says. What `changes` says was replaced is not kept, though a new tower of the same family has some equal
+    tensors, such as zeros.
 
     Args:
         old: The old model's digest.
@@ -129,11 +130,18 @@ def _part(name: str) -> str:
 
 
 def _is_kept(name: str, tensor: torch.Tensor, old: ModelDigest) -> bool:
-    part, _, within = name.partition(".")
-    modules = within.split(".")
-    names = [f"{part}.{'.'.join(modules[start:])}" for start in range(len(modules))] if within else [name]
-    had = [old.tensors[other] for other in names if other in old.tensors]
+    """Whether the old model had these bytes in this place, be it further in or out by some modules."""
+    had = [value for other, value in old.tensors.items() if _same_place(name, other)]
     return bool(had) and _tensor_digest(tensor) in had
+
+
+def _same_place(name: str, other: str) -> bool:
+    if name == other:
+        return True
+    part, _, within = name.partition(".")
+    other_part, _, other_within = other.partition(".")
+    ends = within.endswith(f".{other_within}") or other_within.endswith(f".{within}")
+    return part == other_part and bool(within) and bool(other_within) and ends
 
 
 def _change(name: str, changes: Mapping[str, str], old: ModelDigest) -> str:

@@ -62,7 +62,11 @@ def recipe_after(
         "losses"}`; what is not in its `parts` (name of a module -> `{"train", "learning_rate", …}`) is frozen. `train` is
         `"all"`, `"last 4 layers"` (with their names in `layers`, and `layer_decay`) or `"lora"` (with its arguments).
     """
-    stages = _stages_of_language_model(report, model) if report.swapped == "text" else _stages_of_tower(report, model)
+    replaced = {part["name"].split(".", 1)[0] for part in report.parts if part["what"] == "replaced"}
+    if report.swapped == "text" or "language_model" in replaced:
+        stages = _stages_of_language_model(report, model, replaced)
+    else:
+        stages = _stages_of_tower(report, model)
     checkpoint = checkpoint or "PATH OF THE SWAPPED MODEL"
     return {
         "model": checkpoint,
@@ -128,19 +132,30 @@ def _stages_of_tower(report: SwapReport, model: nn.Module) -> list[dict]:
     ]
 
 
-def _stages_of_language_model(report: SwapReport, model: nn.Module) -> list[dict]:
+def _stages_of_language_model(report: SwapReport, model: nn.Module, replaced: set[str]) -> list[dict]:
     new = _new_parts(report, model)
     model_part, how = _language_model(model, halved=False)
-    return [
-        *([_first_stage(new, "the kept tower and the new language model")] if new else []),
+    parts = {**_bridge(model, model_part["learning_rate"]), "language_model": model_part}
+    towers = [tower for tower in _TOWERS.values() if tower in replaced]
+    alone = (
+        "The tower is new too and waits for the next stage."
+        if towers
+        else "The tower was kept and stays frozen: tuned along, a pretrained tower loses more than it gains (Prismatic)."
+    )
+    stages = [
+        *([_first_stage(new, "the tower and the new language model")] if new else []),
         _stage(
             "language model",
-            {**_bridge(model, model_part["learning_rate"]), "language_model": model_part},
-            f"The new language model has never seen a picture, so it learns with what is in front of it, {how}. The tower "
-            "was kept and stays frozen: a pretrained tower that is tuned along loses more than it gains (Prismatic). Mix in "
-            "text without pictures if its other skills matter.",
+            parts,
+            f"The new language model has never seen a picture, so it learns with what is in front of it, {how}. {alone} Mix "
+            "in text without pictures if its other skills matter.",
         ),
     ]
+    if towers:
+        tower_parts = {tower: _last_layers(model, tower)[1] for tower in towers}
+        why = "Last the new tower learns what this data needs, slowly, now that what reads it can tell good from bad."
+        stages.append(_stage("all", {**parts, **tower_parts}, why))
+    return stages
 
 
 def _first_stage(new: list[_New], sides: str) -> dict:

@@ -33,6 +33,7 @@ CASES = {
     "a tower of the same kind": ("vision", {"vision_tower": "replaced"}, {}),
     "the tower at another size": ("vision", {"vision_tower.embeddings.position_embedding": "solved"}, {}),
     "a language model": ("text", {"language_model": "replaced", PROJECTOR: "initialised"}, {}),
+    "both": ("vision", {"vision_tower": "replaced", "language_model": "replaced", PROJECTOR: "initialised"}, {}),
     "with a fusion": (
         "text",
         {"language_model": "replaced", PROJECTOR: "initialised", "fusion": "initialised"},
@@ -75,7 +76,16 @@ def test_what_was_kept_is_never_trained_before_what_is_new(case):
     if report.swapped == "text":
         assert not any("vision_tower" in name for stage in recipe["stages"] for name in stage["parts"])
     assert "language_model" in recipe["stages"][-1]["parts"]
-    assert not any("language_model" in stage["parts"] for stage in recipe["stages"][:-1])
+    replaced = {p["name"] for p in report.parts if p["what"] == "replaced"}
+    orders = [
+        next(i for i, stage in enumerate(recipe["stages"]) if name in stage["parts"])
+        for name in ("vision_tower", "language_model")
+        if any(name in stage["parts"] for stage in recipe["stages"])
+    ]
+    if "language_model" in replaced:
+        assert orders == sorted(orders, reverse=True), "what reads the tower learns before it"
+    else:
+        assert orders == sorted(orders) and len(orders) == 2, "the kept language model comes last"
 
 
 def test_rates_fall_from_stage_to_stage_and_from_new_to_kept(case):

@@ -93,6 +93,9 @@ class TestParts:
         assert parts["multi_modal_projector.projector"]["what"] == "kept"
         assert parts["multi_modal_projector.aligned_map"]["what"] == "solved"
         assert parts["multi_modal_projector.aligned_map"]["parameters"] == 20
+        before = digest(model)
+        model.multi_modal_projector = old
+        assert {entry["what"] for entry in compare_parts(before, model)} == {"kept"}, "and taken out again"
 
     def test_what_the_caller_says_does_not_make_changed_tensors_kept(self):
         model, _ = compose()
@@ -140,7 +143,7 @@ class TestModalityGap:
         points = modality_gap_change((image, text), (image, text))["points"]
         assert len(points["before"]["text"]) == 150 and len(points["after"]["image"]) == 30
         means = [torch.tensor(points["after"][kind]).mean(0) for kind in ("image", "text")]
-        assert abs(means[0] - means[1])[0] == pytest.approx(40, abs=3)
+        assert abs(means[0] - means[1])[0] == pytest.approx(10, abs=1), "in lengths of a text embedding, here 4"
 
     def test_models_of_two_widths(self):
         narrow, wide = (torch.randn(9, 4), torch.randn(9, 4)), (torch.randn(9, 6), torch.randn(9, 6))
@@ -169,9 +172,11 @@ class TestReport:
         assert values["alignment"] == {"explained_variance": 0.5, "regularisation": None}
 
     def test_saved_and_loaded(self, tmp_path):
-        report = a_report()
+        report = a_report(recipe={"model": "here", "stages": [{"name": "projector", "why": "It is new."}]})
         written = report.save(tmp_path / "new")
-        assert {path.name for path in written} == {"swap_report.json", "swap_report.txt", "swap_report.png"}
+        endings = ("report.json", "report.txt", "report.png", "recipe.yaml")
+        assert {path.name for path in written} == {f"swap_{ending}" for ending in endings}
+        assert "# 1. It is new." in (tmp_path / "new" / "swap_recipe.yaml").read_text()
         assert sorted(tmp_path.glob("new/*")) == sorted(written)
         assert SwapReport.load(tmp_path / "new") == report
         assert SwapReport.load(tmp_path / "new" / "swap_report.json") == report
