@@ -1,10 +1,7 @@
 """Checkpoints converted file by file, without ever loading the model."""
 
-import contextlib
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +14,7 @@ from transformers.core_model_loading import PrefixChange
 
 from ...configuration.configuration_anyvlm import AnyVlmConfig
 from ...modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
+from ...publishing.written_aside import written_aside
 from ..errors import CompositionError
 from ..small_copies import build_on_meta
 from .checkpoint_keys import Loaded, as_saved, loading_plan
@@ -84,7 +82,7 @@ def convert_checkpoint(
         job = conversion(folder, str(source), reader, trust_remote_code, processor)
         report(0, 0, "Accounting for every weight")
         units = _units(job, reader)
-        with _aside(destination) as partial:
+        with written_aside(destination) as partial:
             job.save_files(partial)
             writer = ShardWriter(partial, max_shard_size or min(reader.largest_file, LARGEST_FILE))
             for unit in units:
@@ -314,31 +312,3 @@ class _Groups:
         roots = [self.root(item) for item in items]
         for other in roots[1:]:
             self._parent[other] = roots[0]
-
-
-@contextlib.contextmanager
-def _aside(destination: Path) -> Iterator[Path]:
-    """A folder beside `destination` that takes its place when all went well, and else is removed."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial", dir=destination.parent))
-    try:
-        yield partial
-        partial.chmod(0o777 & ~_umask())
-        replaced = partial.with_suffix(".replaced")
-        if destination.exists():
-            os.rename(destination, replaced)
-        try:
-            os.rename(partial, destination)
-        except BaseException:
-            if replaced.exists():
-                os.rename(replaced, destination)
-            raise
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
