@@ -13,9 +13,13 @@ from .commands.compose import compose
 from .commands.convert import convert
 from .commands.demo import demo
 from .commands.generate import generate
+from .commands.swap import swap
 from .commands.verify import verify
 from .publishing.command import push
 
+
+#: Exit code of a process that Ctrl-C ended.
+_INTERRUPTED = 130
 
 app = typer.Typer(
     name="anyvlm",
@@ -26,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for _command in (compose, generate, demo, check, verify, convert, push):
+for _command in (compose, swap, generate, demo, check, verify, convert, push):
     app.command()(_command)
 
 
@@ -38,9 +42,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        sys.exit(app(arguments, prog_name="anyvlm", standalone_mode=False) or 0)
+        exit_code = app(arguments, prog_name="anyvlm", standalone_mode=False) or 0
     except typer.Abort:
-        _fail("interrupted", 130)
+        _fail("interrupted", _INTERRUPTED)
     except Exception as error:  # noqa: BLE001 - what is not the user's doing is raised again
         if "--debug" in arguments or not _is_expected(error):
             raise
@@ -48,6 +52,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if hasattr(error, "format_message"):
             _fail(f"{error.format_message()} See {where} --help", error.exit_code)
         _fail(str(error) or type(error).__name__, 1)
+    if exit_code == _INTERRUPTED:  # typer says nothing
+        _fail("interrupted", _INTERRUPTED)
+    sys.exit(exit_code)
 
 
 def _is_expected(error: Exception) -> bool:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..cli_options import DebugOption, TrustOption
-from .running import calm_transformers, naming, progress
+from .running import calm_transformers, load_composed, naming, progress
 
 
 def generate(
@@ -37,20 +37,8 @@ def generate(
     Example: anyvlm generate my-vlm --video clip.mp4 --num-frames 16 --prompt "What happens?"
     """
     calm_transformers()
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
-
-    from anyvlm import AnyVlmConfig
-
     with progress.status(f"Loading {checkpoint}…"), naming(checkpoint):
-        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
-        if config.model_type != AnyVlmConfig.model_type:
-            raise ValueError(
-                f"{checkpoint} is a {config.model_type!r} model, not a composed one. Make one with: anyvlm compose."
-            )
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=trust_remote_code).to(device)
-        processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+        model, processor = load_composed(checkpoint, trust_remote_code)
 
     pictures, videos = ([str(path) for path in paths or []] for paths in (image, video))
     content = [{"type": "image"}] * len(pictures) + [{"type": "video"}] * len(videos)
@@ -67,7 +55,7 @@ def generate(
         # Most chat templates write the bos themselves; a second one would be another prompt.
         add_special_tokens=not (bos and text.startswith(bos)),
         return_tensors="pt",
-    ).to(device)
+    ).to(model.device)
     with progress.status("Generating…"):
         generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     typer.echo(processor.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -34,3 +35,26 @@ def calm_transformers() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def load_composed(checkpoint: str, trust_remote_code: bool, dtype: str | None = None) -> tuple[Any, Any]:
+    """A composed model, on the graphics card if there is one, and its processor.
+
+    Raises:
+        ValueError: the checkpoint is another kind of model.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
+
+    from anyvlm import AnyVlmConfig
+
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    if config.model_type != AnyVlmConfig.model_type:
+        raise ValueError(
+            f"{checkpoint} is a {config.model_type!r} model, not a composed one. Make one with: anyvlm compose; or of a "
+            "vision-language model of transformers with: anyvlm convert."
+        )
+    arguments = {} if dtype is None else {"dtype": dtype}
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=trust_remote_code, **arguments)
+    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor

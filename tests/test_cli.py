@@ -56,7 +56,7 @@ def picture(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("command", ["compose", "convert", "generate", "demo", "check"])
+@pytest.mark.parametrize("command", ["compose", "swap", "convert", "generate", "demo", "check"])
 def test_every_command_has_help_with_an_example(capsys, command):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
@@ -66,7 +66,7 @@ def test_every_command_has_help_with_an_example(capsys, command):
 
 def test_help_lists_the_commands_and_no_arguments_give_help(capsys):
     code, out, _ = run(capsys, "--help")
-    assert code == 0 and all(command in out for command in ("compose", "convert", "generate", "demo", "check"))
+    assert code == 0 and all(command in out for command in ("compose", "swap", "convert", "generate", "demo", "check"))
     _, out, err = run(capsys)
     assert "compose" in out + err and "Traceback" not in out + err
 
