@@ -64,7 +64,8 @@ class Pictures:
         if limit is not None and self.num_pictures is not None:
             self.num_pictures = min(self.num_pictures, limit)
 
-    def _items(self) -> Iterator[Any]:
+    def items(self) -> Iterator[Any]:
+        """What the source has, unread: paths, pictures or rows; those of the sample."""
         if self._order is not None:
             for index in self._order:
                 yield self.source[index]
@@ -81,7 +82,7 @@ class Pictures:
             ValueError: no picture, or fewer than nine tenths of them, can be read.
         """
         self.unreadable, seen, first_reason = 0, 0, None
-        for index, item in enumerate(self._items()):
+        for index, item in enumerate(self.items()):
             seen += 1
             try:
                 picture = _read(item)

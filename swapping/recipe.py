@@ -106,7 +106,7 @@ class _New:
 
 
 def _stages_of_tower(report: SwapReport, model: nn.Module) -> list[dict]:
-    tower = _TOWERS[report.swapped]
+    tower = _TOWERS.get(report.swapped, "vision_tower")
     new = _new_parts(report, model, tower)
     layers, tower_part = _last_layers(model, tower)
     lower = (

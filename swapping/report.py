@@ -44,6 +44,8 @@ class SwapReport:
         alignment: `None` without pictures. `{"pictures", "held_out_pictures", "target" ("features" | "tokens"),
             "explained_variance", "regularisation", "candidates": [{"target", "regularisation", "explained_variance"}],
             "seconds"}`; explained variance is on held-out pictures, 1 is perfect.
+        layers: Layers of the new tower that were tried on the pictures: `[{"layer", "explained_variance"}, …]`, `None` for
+            the last; the best one is read.
         modality_gap: `{"before", "after"}`, each `{"distance", "rms_ratio"}` (`modality_gap.modality_gap`), and for
             the picture `"points"`: `{"before", "after"}`, each `{"image": [[x, y], …], "text": [[x, y], …]}`.
         distillation: `None` without. `{"steps", "seconds", "losses": [[step, value], …], "agreement": {"before",
@@ -63,6 +65,7 @@ class SwapReport:
     parts: list[dict[str, Any]] = field(default_factory=list)
     tokens_per_picture: dict[str, int] | None = None
     alignment: dict[str, Any] | None = None
+    layers: list[dict[str, Any]] | None = None
     modality_gap: dict[str, Any] | None = None
     distillation: dict[str, Any] | None = None
     next_steps: list[dict[str, Any]] = field(default_factory=list)
@@ -166,6 +169,7 @@ class SwapReport:
                 "alignment",
                 "none: no pictures were given" if self.alignment is None else _alignment_line(self.alignment),
             ),
+            *([] if self.layers is None else [("layers tried", _layers_line(self.layers))]),
             *([] if self.modality_gap is None else _several("modality gap", _gap_lines(self.modality_gap))),
             *([] if self.distillation is None else _several("distillation", _distillation_lines(self.distillation))),
             *_several("train next", [stage_line(number, stage) for number, stage in enumerate(self.next_steps, 1)]),
@@ -217,6 +221,14 @@ def _alignment_line(alignment: dict[str, Any]) -> str:
         f"{target.get(alignment.get('target'), alignment.get('target'))}, regularisation "
         f"{_number(alignment.get('regularisation'))}, {_number(alignment.get('seconds'))} s"
     )
+
+
+def _layers_line(layers: list[dict[str, Any]]) -> str:
+    def told(entry: dict[str, Any]) -> str:
+        name = "last" if entry["layer"] is None else entry["layer"]
+        return f"{name}: " + ("refused" if "refused" in entry else percent(entry["explained_variance"]))
+
+    return ", ".join(told(entry) for entry in layers) + " of the variance explained on held-out pictures"
 
 
 def _gap_lines(gap: dict[str, Any]) -> list[str]:

@@ -1,15 +1,20 @@
-"""A model's own tower for pictures, or patches, of another size."""
+"""A model's own tower for pictures, or patches, of another size, or for pictures of their own size."""
 
 from torch import nn
 
 from ..composition.errors import CompositionError
+from ..composition.views import views_settings
 from ..modeling.fused_vision_towers import FusedVisionTowers
 from ..modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
+from .native_tower import native_tower
 from .resized_tower import fit_to_size, resized_tower
 
 
 def same_tower(
-    model: AnyVlmForConditionalGeneration, image_size: int | tuple[int, int] | None, patch_size: int | None
+    model: AnyVlmForConditionalGeneration,
+    image_size: int | tuple[int, int] | None,
+    patch_size: int | None,
+    views: str | dict | None,
 ) -> tuple[nn.Module, list[str]]:
     """The tower of a model, or a resized copy where it cannot take pictures of this size by itself.
 
@@ -24,6 +29,13 @@ def same_tower(
         raise CompositionError(
             "This model has several towers, and which of them should change is not known. Pass all of them: vision=(…, …)."
         )
+    is_native = (views_settings(views) or {}).get("type") == "native"
+    if is_native and (image_size is not None or patch_size is not None):
+        raise CompositionError(
+            'views="native" shows pictures in their own size. Leave out image_size=… and patch_size=…, or views=….'
+        )
+    if is_native:
+        return native_tower(tower), []
     if patch_size is not None:
         return resized_tower(tower, image_size, patch_size)
     if image_size is None or fit_to_size(tower, image_size) is tower:

@@ -1,7 +1,8 @@
 """Change a part of a trained model and keep most of what it knew."""
 
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,17 +14,21 @@ from ..composition.arguments import typed
 from ..composition.errors import CompositionError
 from ..composition.parts import PartSource
 from ..composition.running import synthetic_pictures
+from ..composition.views import views_settings
 from ..modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
 from ..processing.processing_anyvlm import AnyVlmProcessor
+from .fitting import Fitting, Swapped, no_pictures
 from .modality_gap import modality_gap_change
 from .part_changes import compare_parts, digest
 from .picture_paths import PicturePath
+from .recipe import recipe_after
 from .report import SwapReport
 from .same_tower import same_tower
 from .text_swap import swap_language_model
 from .vision_swap import swap_vision_tower
 
 
+LAYERS = ("best", "last")
 #: Pictures that the modality gap is measured with.
 _GAP_PICTURES = 8
 _TEXT_EMBEDDINGS = 2048
@@ -36,6 +41,8 @@ def swap(
     vision: PartSource | Sequence[PartSource] | None = None,
     text: PartSource | None = None,
     audio: PartSource | None = None,
+    images: Any = None,
+    texts: Sequence[str] | None = None,
     projector: str | dict | None = None,
     image_processor: BaseImageProcessor | str | Sequence | None = None,
     tokenizer: PreTrainedTokenizerBase | str | None = None,
@@ -43,16 +50,22 @@ def swap(
     patch_size: int | None = None,
     views: str | dict | None = None,
     image_tokens: str = "keep",
-    vision_feature_layer: int | Sequence | None = None,
+    vision_feature_layer: int | Sequence | str | None = None,
     vision_feature_select_strategy: str | Sequence[str] | None = None,
     vision_fusion: str = "channel",
+    seconds: float | None = None,
+    steps: int | None = None,
+    num_pictures: int | None = None,
     trust_remote_code: bool = False,
     seed: int = 0,
+    progress: bool = True,
 ) -> tuple[AnyVlmForConditionalGeneration, AnyVlmProcessor, SwapReport]:
     """Put another vision tower, another language model, or both, into a trained model.
 
     What need not change does not: parts that stay are the same modules in the new model, bit for bit, and the old model
-    stays whole beside it.
+    stays whole beside it. With unlabelled pictures, the projector of a new tower is solved for in closed form so that it
+    gives the tokens that the old path gave, and then trained for a short while to make the language model answer as before;
+    that of a new language model is taught by the old model's answers.
 
     Args:
         model, processor: A composed model and its processor.
@@ -60,6 +73,9 @@ def swap(
             several.
         text: The new language model, likewise. Special tokens, chat template and generation defaults follow it.
         audio: Not supported yet; anything but `None` is refused.
+        images: Unlabelled pictures, such as the model will see: a folder, a list of paths or pictures, or a dataset with a
+            column `image`. A hundred are useful.
+        texts: Questions such as users will ask about them. Default: plain ones.
         projector: Another projector than the model has, as for `compose`; then nothing of the old one is kept.
         image_processor: Instance, path or Hub id. Default: the new tower's.
         tokenizer: Instance, path or Hub id. Default: the new language model's.
@@ -70,10 +86,16 @@ def swap(
             the model's own tower with other views.
         image_tokens: `"keep"`: features are brought to the old tower's grid, so that a picture has as many tokens as the
             language model is used to. `"own"`: as many as the new tower has features for.
-        vision_feature_layer, vision_feature_select_strategy, vision_fusion: As for `compose`. Default: for a tower of the
-            same type as before.
+        vision_feature_layer: As for `compose`; or `"last"`; or `"best"`, the one whose features say most of what the old
+            tower's said, tried on `images`. Default: for a tower of the same type as before, else with pictures the best.
+        vision_feature_select_strategy, vision_fusion: As for `compose`. Default: for a tower of the same type as before.
+        seconds: Time for training, by the clock; 0 for the closed form alone. Default, with pictures: 60 for a tower, 90 for
+            a language model.
+        steps: Steps of training; with these alone, the result does not depend on how fast the machine is.
+        num_pictures: Look at so many of the pictures at most, a random sample.
         trust_remote_code: Allow parts whose code is in their own checkpoint.
         seed: For what is random.
+        progress: Show progress bars.
 
     Returns:
         The new model, its processor, and a report of what was kept, solved, trained and initialised.
@@ -84,39 +106,50 @@ def swap(
     """
     keeps_tower = vision is None and any(setting is not None for setting in (image_size, patch_size, views))
     _check_arguments(model, processor, vision, text, audio, tokenizer, keeps_tower, patch_size)
+    if images is None:
+        no_pictures(texts, seconds, steps, num_pictures)
+        fitting = None
+    else:
+        fitting = Fitting(images, texts, seconds, steps, num_pictures, seed, progress)
     started = time.monotonic()
     before = digest(model)
     projector_config = None if projector is None else typed(projector)
-    new_model, new_processor = model, processor
+    old, new = (model, processor), (model, processor)
+    swapped = [
+        name for name, part in (("vision", vision is not None or keeps_tower), ("text", text is not None)) if part
+    ]
+    report = SwapReport(swapped=" and ".join(swapped))
     changes: dict[str, str] = {}
-    notes: list[tuple[str, str]] = []
+    notes: dict[str, str] = {}
     if keeps_tower:
-        vision, said = same_tower(model, image_size, patch_size)
-        notes = [tuple(note.split(": ", 1)) for note in said if ": " in note]
+        vision, said = same_tower(model, image_size, patch_size, views)
+        notes = dict(note.split(": ", 1) for note in said if ": " in note)
         image_processor = image_processor or processor.image_processor
-        image_size = image_size or _fixed_size(model)
+        image_size = image_size or _fixed_size(model, views)
     if vision is not None:
-        new_model, new_processor = swap_vision_tower(
-            new_model,
-            new_processor,
-            vision,
+        put_in = functools.partial(
+            swap_vision_tower,
+            *old,
             projector=projector_config,
             image_processor=image_processor,
             image_size=image_size,
             views=views,
             image_tokens=image_tokens,
-            vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
             vision_fusion=vision_fusion,
             trust_remote_code=trust_remote_code,
             seed=seed,
         )
-        tower_change = "resized" if keeps_tower else "replaced"
-        changes |= {"vision_tower": tower_change, "multi_modal_projector": "initialised"}
+        new = _with_tower(old, put_in, vision, vision_feature_layer, fitting, report)
+        changes |= {"vision_tower": "resized" if keeps_tower else "replaced", "multi_modal_projector": "initialised"}
+        if fitting is not None:
+            if fitting.align(old, new, projector is not None, report):
+                changes["multi_modal_projector"] = "solved"
+            if fitting.trains and fitting.distil(old, new, report):
+                changes["multi_modal_projector"] = "trained"
     if text is not None:
-        new_model, new_processor = swap_language_model(
-            new_model,
-            new_processor,
+        new = swap_language_model(
+            *new,
             text,
             tokenizer=tokenizer,
             projector=projector_config if vision is None else None,
@@ -124,24 +157,57 @@ def swap(
             seed=seed,
         )
         changes |= {"language_model": "replaced", "multi_modal_projector": "initialised", "fusion": "initialised"}
-    report = SwapReport(
-        swapped="vision" if vision is not None else "text",
-        old=_described(model, vision is not None, text is not None),
-        new=_described(new_model, vision is not None, text is not None),
-        parts=compare_parts(before, new_model, changes),
-        tokens_per_picture={
-            "before": _tokens_per_picture(model, processor),
-            "after": _tokens_per_picture(new_model, new_processor),
-        },
-        modality_gap=_modality_gap(PicturePath(model, processor), PicturePath(new_model, new_processor), seed),
-        seconds=time.monotonic() - started,
-    )
+        if fitting is not None and fitting.trains and fitting.teach(old, new, report):
+            changes["multi_modal_projector"] = "trained"
+    for when, (seen, its_processor) in (("old", old), ("new", new)):
+        setattr(report, when, _described(seen, vision is not None, text is not None))
+        report.tokens_per_picture = report.tokens_per_picture or {}
+        report.tokens_per_picture["before" if when == "old" else "after"] = _tokens_per_picture(seen, its_processor)
+    report.parts = compare_parts(before, new[0], changes)
+    if report.modality_gap is None or text is not None:
+        report.modality_gap = _modality_gap(PicturePath(*old), PicturePath(*new), seed)
     report.warnings += _warnings(report)
     for part in report.parts:
         if part["what"] == "resized":
-            own = [note for name, note in notes if part["name"].endswith(name)]
-            part["note"] = "; ".join(own or [f"{name}: {note}" for name, note in notes])
-    return new_model, new_processor, report
+            own = [note for name, note in notes.items() if part["name"].endswith(name)]
+            part["note"] = "; ".join(own or [f"{name}: {note}" for name, note in notes.items()])
+    report.recipe = recipe_after(report, new[0])
+    report.next_steps = report.recipe["stages"]
+    report.seconds = time.monotonic() - started
+    return *new, report
+
+
+def _with_tower(
+    old: Swapped,
+    put_in: Callable[..., Swapped],
+    vision: PartSource | Sequence[PartSource],
+    layer: int | Sequence | str | None,
+    fitting: Fitting | None,
+    report: SwapReport,
+) -> Swapped:
+    """The model with the new tower, of which the layer asked for is read.
+
+    Raises:
+        ValueError: a layer that is no such thing.
+    """
+    if isinstance(layer, str) and layer not in LAYERS:
+        raise ValueError(f"Unknown vision_feature_layer {layer!r}. Pass a number, or one of: {', '.join(LAYERS)}.")
+    if layer == "best" and fitting is None:
+        raise ValueError('vision_feature_layer="best" is tried on pictures. Pass images=…, or the number of a layer.')
+    several = isinstance(vision, (list, tuple))
+    numbered = layer is not None and not isinstance(layer, str)
+    if several or numbered or layer == "last" or fitting is None:
+        return put_in(vision, vision_feature_layer=layer)
+    new = put_in(vision)
+    tower = new[0].vision_tower
+    if layer is None and type(tower) is type(old[0].vision_tower):
+        return new
+
+    def reading(number: int | None) -> Swapped:
+        # The same instance each time: it is loaded once.
+        return put_in(tower, vision_feature_layer="last" if number is None else number)
+
+    return reading(fitting.choose_layer(*old, reading, report))
 
 
 def _check_arguments(
@@ -190,10 +256,11 @@ def _described(model: AnyVlmForConditionalGeneration, vision: bool, text: bool) 
     return " and ".join(named)
 
 
-def _fixed_size(model: AnyVlmForConditionalGeneration) -> tuple[int, int] | None:
-    """The size of the tower's pictures, if it is one."""
+def _fixed_size(model: AnyVlmForConditionalGeneration, views: str | dict | None) -> tuple[int, int] | None:
+    """The size of the tower's pictures, if it is one and stays one."""
     spec = model.config.vision_tower_spec
-    return None if spec["any_size"] else tuple(spec["image_size"])
+    is_native = (views_settings(views) or {}).get("type") == "native"
+    return None if spec["any_size"] or is_native else tuple(spec["image_size"])
 
 
 def _tokens_per_picture(model: AnyVlmForConditionalGeneration, processor: AnyVlmProcessor) -> int:

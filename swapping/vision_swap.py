@@ -44,7 +44,7 @@ def swap_vision_tower(
     image_size: int | tuple[int, int] | None = None,
     views: str | dict | None = None,
     image_tokens: str = "keep",
-    vision_feature_layer: int | Sequence | None = None,
+    vision_feature_layer: int | Sequence | str | None = None,
     vision_feature_select_strategy: str | Sequence[str] | None = None,
     vision_fusion: str = "channel",
     trust_remote_code: bool = False,
@@ -71,15 +71,19 @@ def swap_vision_tower(
             tower.to(model.language_model.device)
         origins = [part_origin(source) for source in sources]
         if len(towers) == 1 and _same_type(towers[0], model.vision_tower):
-            image_size, vision_feature_layer, vision_feature_select_strategy = _as_before(
-                model, image_processor, image_size, vision_feature_layer, vision_feature_select_strategy
-            )
+            is_native = (views_settings(views) or model.config.image_views or {}).get("type") == "native"
+            if image_size is None and image_processor is None and not is_native:
+                image_size = _fixed_size(model)
+            if vision_feature_layer is None:
+                vision_feature_layer = model.config.vision_feature_layer
+            if vision_feature_select_strategy is None:
+                vision_feature_select_strategy = model.config.vision_feature_select_strategy
         part = examine_vision_part(
             sources,
             towers,
             image_processor=image_processor,
             image_size=image_size,
-            layer=vision_feature_layer,
+            layer=None if vision_feature_layer == "last" else vision_feature_layer,
             select_strategy=vision_feature_select_strategy or "default",
             vision_fusion=vision_fusion,
             trust_remote_code=trust_remote_code,
@@ -146,14 +150,10 @@ def _same_type(tower: nn.Module, other: nn.Module) -> bool:
     return type(tower) is type(other) and tower.config.model_type == other.config.model_type
 
 
-def _as_before(model, image_processor, image_size, layer, strategy) -> tuple[Any, Any, Any]:
-    """What a tower of the same type inherits: the size of pictures, and which features are read."""
+def _fixed_size(model: AnyVlmForConditionalGeneration) -> tuple[int, int] | None:
+    """The size of the tower's pictures, if it is one."""
     spec = model.config.vision_tower_spec
-    if image_size is None and image_processor is None and not spec["any_size"]:
-        image_size = tuple(spec["image_size"])
-    if layer is None:
-        layer = model.config.vision_feature_layer
-    return image_size, layer, strategy or model.config.vision_feature_select_strategy
+    return None if spec["any_size"] else tuple(spec["image_size"])
 
 
 def _kept_grid(model: AnyVlmForConditionalGeneration, part: VisionPart, settings: dict | None) -> Grid | None:
