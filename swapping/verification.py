@@ -7,10 +7,9 @@ compared with its source by itself, in the order in which data passes: what fail
 import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from transformers import PreTrainedModel
 
 from ..composition.running import in_mode
 from ..configuration.configuration_anyvlm import AnyVlmConfig
-from ..processing.pictures import to_rgb_picture
 from ..publishing.fresh_worker import picture
 from . import (
     verification_language_model,
@@ -28,10 +26,12 @@ from . import (
     verification_vision_tower,
     verification_whole,
 )
+from .pictures import Pictures
 from .verification_checks import Check, CheckFailed, NotChecked, Subject
 from .verification_files import check_files, check_version, folder_of, load_model, load_processor
 from .verification_report import FAILED, NOT_CHECKED, PASSED, CheckResult, StepResult, VerificationReport
-from .verification_sources import Sources, sort_sources
+from .verification_source_types import sort_sources
+from .verification_sources import Sources
 
 
 #: Parts that may be said to be trained.
@@ -58,7 +58,7 @@ def verify(
     checkpoint: str | os.PathLike | tuple[PreTrainedModel, Any],
     against: Any = None,
     *,
-    images: Sequence[Any] | str | os.PathLike | None = None,
+    images: Any = None,
     trained: Sequence[str] = (),
     all_steps: bool = False,
     fresh_process: bool = True,
@@ -78,7 +78,8 @@ def verify(
             that holds either (a whole CLIP, a LLaVA), its tokenizer or image processor, or the composed model before a swap.
             They are sorted by what they are; `{"vision": …, "text": …}` or `"vision=PATH"` says it. Without any, only what
             needs no source is checked.
-        images: Pictures to look at, at least two: paths or pictures, or a folder. Default: two of patches of colour.
+        images: Pictures to look at, at least two: a folder, paths, pictures or rows with an `image`
+            (`swapping/pictures.py`). Default: patches of colour.
         trained: Parts that were trained after composing, of `"vision_tower"` and `"language_model"`: they may differ from
             their sources, and by how much is reported.
         all_steps: Go on after the first failure.
@@ -188,23 +189,14 @@ def _take(subject: Subject, checkpoint: str | os.PathLike | tuple[PreTrainedMode
 
 
 def _pictures(images: Any) -> list[Image.Image]:
-    """At least two different pictures.
+    """At least two pictures.
 
     Raises:
-        ValueError: fewer, or something else.
+        ValueError: fewer.
     """
     if images is None:
         return [picture(seed, (320, 240)) for seed in (0, 1, 2)]
-    if isinstance(images, (str, os.PathLike)):
-        folder = Path(images)
-        if not folder.is_dir():
-            raise ValueError(f"{folder} is no folder of pictures.")
-        known = Image.registered_extensions()
-        images = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known)
-    pictures = []
-    for image in islice(images, _MOST_PICTURES):
-        image = image["image"] if isinstance(image, Mapping) else image
-        pictures.append(to_rgb_picture(Image.open(image) if isinstance(image, (str, os.PathLike)) else image))
+    pictures = [shown for _, shown in islice(Pictures(images), _MOST_PICTURES)]
     if len(pictures) < 2:
         raise ValueError(f"Verifying takes two pictures at least, to see that they differ; there are {len(pictures)}.")
     return pictures

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..configuration.image_views import has_planned_views
 from ..processing.prepared_views import patch_keys
 from ..publishing.fresh_worker import PICTURE_SIZES, picture
 from .verification_checks import QUESTION, Check, CheckFailed, Finding, NotChecked, Subject
@@ -82,28 +83,37 @@ def check_settings(subject: Subject) -> Finding:
 def check_counts(subject: Subject) -> Finding:
     """Pictures of several sizes: placeholders that the processor writes, and tokens that the model makes."""
     processor, model = subject.processor, subject.model
-    token_id, counts = subject.config.image_token_id, {}
-    for size in (*PICTURE_SIZES, (517, 33)):
-        shown = picture(0, size)
-        inputs = processor(text=[processor.image_token], images=[shown], return_tensors="pt")
+    token_id, counts, refused = subject.config.image_token_id, {}, {}
+    sizes = PICTURE_SIZES
+    if subject.config.vision_tower_spec["any_size"] and not has_planned_views(subject.config.image_views):
+        sizes = [(width // 2, height // 2) for width, height in sizes]  # what is shown in its own size takes long
+    for width, height in (*sizes, (517, 33)):
+        shown, name = picture(0, (width, height)), f"{width}x{height}"
+        try:
+            inputs = processor(text=[processor.image_token], images=[shown], return_tensors="pt")
+        except ValueError as error:  # not every tower and projector takes pictures of all proportions
+            refused[name] = str(error)
+            continue
         placeholders = int((inputs["input_ids"] == token_id).sum())
         names = ("pixel_values", *patch_keys(subject.config.vision_tower_spec), "original_sizes")
-        given = {name: inputs[name].to(subject.device) for name in names if name in inputs}
+        given = {key: inputs[key].to(subject.device) for key in names if key in inputs}
         given |= {key: value for key, value in subject.image_inputs_of([shown]).items() if key.startswith("qformer_")}
         tokens = len(model.get_image_features(**given).pooler_output[0])
         tokens = tokens if model.fusion is None else 1  # beside the text, a picture has one placeholder
-        counts[f"{size[0]}x{size[1]}"] = [placeholders, tokens]
+        counts[name] = [placeholders, tokens]
         if placeholders != tokens:
             raise CheckFailed(
-                f"A picture of {size[0]}x{size[1]} pixels gets {placeholders} placeholders, and the model makes "
-                f"{tokens} tokens.",
+                f"A picture of {name} pixels gets {placeholders} placeholders, and the model makes {tokens} tokens.",
                 {"placeholders_and_tokens": counts},
             )
+    if not counts:
+        raise CheckFailed(f"Pictures of every size are refused: {next(iter(refused.values()))}", {"refused": refused})
+    figures = {"placeholders_and_tokens": counts, **({"refused": refused} if refused else {})}
     most, least = (function(count for count, _ in counts.values()) for function in (max, min))
     return Finding(
         f"{len(counts)} sizes of pictures take {least if least == most else f'{least} to {most}'} tokens each, in "
-        "text and model.",
-        {"placeholders_and_tokens": counts},
+        "text and model." + (f" Pictures of {' and '.join(refused)} are refused." if refused else ""),
+        figures,
     )
 
 
@@ -116,6 +126,8 @@ def check_chat_template(subject: Subject) -> Finding:
         {"type": "image"},
         {"type": "text", "text": "third"},
     ]
+    if subject.processor.pictures_first:
+        raise NotChecked("pictures come before the text here, whatever the text says")
     token = subject.processor.image_token
     rendered = _rendered(subject, [{"role": "user", "content": content}])
     pieces = rendered.split(token)
@@ -124,10 +136,7 @@ def check_chat_template(subject: Subject) -> Finding:
             f"Of two pictures in a message the chat template writes {len(pieces) - 1}: {rendered!r}.",
             {"rendered": rendered},
         )
-    if (
-        not ("first" in pieces[0] and "second" in pieces[1] and "third" in pieces[2])
-        and not subject.processor.pictures_first
-    ):
+    if not ("first" in pieces[0] and "second" in pieces[1] and "third" in pieces[2]):
         raise CheckFailed(
             f"The chat template does not put pictures where they stand: {rendered!r}.", {"rendered": rendered}
         )
@@ -179,13 +188,19 @@ def check_special_tokens(subject: Subject) -> Finding:
         raise CheckFailed(
             f"text_config.eos_token_id has {sorted(foreign)}, at which generation does not end.", figures
         )
-    # The config's pad token may be another: some families take their table of positions from it.
-    for name, values in (("bos", figures["bos"]), ("pad", figures["pad"][::2])):
-        known = {value for value in values if value is not None}
-        if len(known) > 1:
-            raise CheckFailed(
-                f"The {name} token is {values[0]} to the tokenizer, but {sorted(known)} in all.", figures
-            )
+    starts = {value for value in figures["bos"] if value is not None}
+    if len(starts) > 1:
+        raise CheckFailed(
+            f"The bos token is {tokenizer.bos_token_id} to the tokenizer, but {sorted(starts)} in all.", figures
+        )
+    # Any token will do that is left out when an answer is read; the config's may be another still, as some families take
+    # their table of positions from it.
+    if generation.pad_token_id not in (None, tokenizer.pad_token_id, *tokenizer.all_special_ids):
+        raise CheckFailed(
+            f"Answers are padded with {generation.pad_token_id}, which is a word to the tokenizer; its pad token is "
+            f"{tokenizer.pad_token_id}.",
+            figures,
+        )
     if subject.sources.text is not None:
         stated = subject.source_language_model().generation_config
         lost = set(_ids(stated.eos_token_id)) - set(ends) if stated is not None else set()

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..modeling.feature_alignment import AlignedProjector
 from .modality_gap import modality_gap
 from .verification_checks import Check, CheckFailed, Finding, NotChecked, Subject, compare_weights
 
@@ -97,7 +98,10 @@ def check_same(subject: Subject) -> Finding:
     before = subject.sources.composed_model()[0]
     if before.config.projector_config["type"] != subject.config.projector_config["type"]:
         raise NotChecked("the projector is of another type than it was")
-    figures = compare_weights(subject.model.multi_modal_projector, before.multi_modal_projector)
+    projector = subject.model.multi_modal_projector
+    if isinstance(projector, AlignedProjector) and not isinstance(before.multi_modal_projector, AlignedProjector):
+        projector = projector.projector
+    figures = compare_weights(projector, before.multi_modal_projector)
     if not figures["changed"] and not figures["lacking"] and not figures["additional"] and not figures["other_shapes"]:
         return Finding("The projector is bit for bit what it was.", figures)
     kept = figures["tensors"] - figures["changed"] - len(figures["other_shapes"])

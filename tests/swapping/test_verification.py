@@ -13,6 +13,7 @@ from verified_parts import make_sources, save_composed, save_language_model, sav
 
 import anyvlm
 from anyvlm.modeling.projectors import build_projector
+from anyvlm.publishing.fresh_worker import picture
 
 
 @pytest.fixture(scope="module")
@@ -588,15 +589,13 @@ def test_bad_input_is_refused_with_what_to_do(composed, sources, tmp_path):
     with pytest.raises(ValueError, match="nothing a source can be"):
         verify(composed, f"sound={sources.tower}")
     with pytest.raises(ValueError, match="two pictures at least"):
-        verify(composed, sources.both, images=tmp_path)
+        verify(composed, sources.both, images=[picture(0, (90, 60))])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no model, tokenizer or image processor"):
         verify(composed, tmp_path / "empty")
 
 
 def test_pictures_of_a_folder(composed, sources, tmp_path):
-    from anyvlm.publishing.fresh_worker import picture
-
     (tmp_path / "below").mkdir()
     for seed in (0, 1):
         picture(seed, (90, 60)).save(tmp_path / "below" / f"{seed}.png")
