@@ -201,9 +201,8 @@ def check_special_tokens(subject: Subject) -> Finding:
             f"{tokenizer.pad_token_id}.",
             figures,
         )
-    if subject.sources.text is not None:
-        stated = subject.source_language_model().generation_config
-        lost = set(_ids(stated.eos_token_id)) - set(ends) if stated is not None else set()
+    if subject.sources.generation_config is not None:
+        lost = set(_ids(subject.sources.generation_config.eos_token_id)) - set(ends)
         if lost:
             raise CheckFailed(
                 f"The source's answers also end at {sorted(lost)}, at which generation does not end here.", figures

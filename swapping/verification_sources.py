@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -52,6 +53,7 @@ class Sources:
     composed: Source | None = None
     notes: list[str] = field(default_factory=list)
     trust_remote_code: bool = False
+    generation_config: GenerationConfig | None = None  # of the language model, once it was loaded
     _composed: tuple[PreTrainedModel, Any] | None = None
     _parts: dict[int | str, PreTrainedModel] = field(default_factory=dict)
 
@@ -72,6 +74,7 @@ class Sources:
             else:
                 part = load_language_model(self.text.value, dtype, self.trust_remote_code)
             self._parts["text"] = _prepared(part, dtype, device)
+            self.generation_config = part.generation_config
         return self._parts["text"]
 
     def vision_tower(self, index: int, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_parts import text_config, tiny_tokenizer, vision_config
 from transformers import AutoModel, AutoModelForCausalLM
-from verified_parts import make_sources, save_composed, save_language_model, save_tower
+from verified_parts import CHAT_TEMPLATE, make_sources, other_tokenizer, save_composed, save_language_model, save_tower
 
 import anyvlm
 from anyvlm.modeling.projectors import build_projector
@@ -509,6 +509,30 @@ def test_replaced_tower_is_noted_and_the_rest_compared(sources, tmp_path):
     assert any("the vision tower was replaced" in note for note in report.notes)
     report = verify(subject, [sources.checkpoint, other])  # the part itself counts more
     assert report.passed and report.check("vision_tower", "weights").status == "passed"
+
+
+def test_swapped_models_pass_against_what_they_were_and_what_was_put_in(sources, loaded, tmp_path):
+    """What `anyvlm.swap` makes is checked by steps that know nothing of how it is made."""
+    tower, language_model = save_tower(tmp_path / "tower", "dinov2", seed=5), tmp_path / "language_model"
+    template = CHAT_TEMPLATE.replace("User", "w1").replace("Assistant", "w2")
+    save_language_model(language_model, "gpt2", seed=6, tokenizer=other_tokenizer(), chat_template=template)
+    model, processor, _ = anyvlm.swap(*copy.deepcopy(loaded), vision=tower)
+    report = verify((model, processor), [sources.checkpoint, tower])
+    assert report.passed, report
+    assert report.check("language_model", "weights").figures["changed"] == 0
+    assert report.check("projector", "compared with before").status == "passed"
+    model, processor, _ = anyvlm.swap(*copy.deepcopy(loaded), text=language_model)
+    report = verify((model, processor), [language_model, sources.checkpoint])
+    assert report.passed, report
+    assert (
+        report.check("vision_tower", "layer").status == report.check("processor", "chat template").status == "passed"
+    )
+    # With what goes wrong most often, it does not: the old processor, the old chat format.
+    report = verify((model, copy.deepcopy(loaded[1])), [language_model, sources.checkpoint])
+    assert report.first_failure == ("processor", "tokenizer"), report
+    processor.chat_template = loaded[1].chat_template
+    report = verify((model, processor), [language_model, sources.checkpoint])
+    assert report.first_failure == ("processor", "chat template"), report
 
 
 # Sources are known by what they are.

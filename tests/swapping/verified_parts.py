@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tiny_parts import make_sensitive, text_config, tiny_tokenizer, vision_config
-from transformers import AutoModel, AutoModelForCausalLM, CLIPImageProcessor
+from tiny_parts import VOCABULARY, make_sensitive, text_config, tiny_tokenizer, vision_config
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModel, AutoModelForCausalLM, CLIPImageProcessor, PreTrainedTokenizerFast
 
 import anyvlm
 
@@ -29,13 +30,28 @@ class Sources:
         return [self.language_model, self.tower]
 
 
-def save_language_model(folder: Path, model_type: str = "llama", seed: int = 1) -> Path:
+def other_tokenizer() -> PreTrainedTokenizerFast:
+    """The words of the tiny tokenizer under other ids."""
+    words = [*VOCABULARY[:4], *reversed(VOCABULARY[4:])]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def save_language_model(
+    folder: Path,
+    model_type: str = "llama",
+    seed: int = 1,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    chat_template: str = CHAT_TEMPLATE,
+) -> Path:
     torch.manual_seed(seed)
     language_model = AutoModelForCausalLM.from_config(text_config(model_type)).eval()
     make_sensitive(language_model, seed)
     language_model.save_pretrained(folder)
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer = tiny_tokenizer() if tokenizer is None else tokenizer
+    tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
     return folder
 
