@@ -124,7 +124,11 @@ def verify(
         subject.notes += subject.sources.notes
         if device is not None and subject.checkpoint is not None:
             subject.model.to(device)
-    with in_mode(subject.model) if subject.model is not None else contextlib.nullcontext():
+    # TF32, which cuDNN uses by default, is no rounding of float32.
+    with (
+        in_mode(subject.model) if subject.model is not None else contextlib.nullcontext(),
+        torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+    ):
         for step_name, title, checks in _STEPS:
             steps.append(runner.step(step_name, title, checks))
             subject.sources.release()

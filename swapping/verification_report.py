@@ -1,5 +1,6 @@
 """What `anyvlm.verify` found out: steps, their checks, and the first thing that is wrong."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -95,8 +96,8 @@ class VerificationReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, JSON-able."""
-        values = asdict(self)
+        """Everything, JSON-able; numbers that are not finite as text."""
+        values = _finite(asdict(self))
         for step, own in zip(self.steps, values["steps"]):
             own["status"] = step.status
         first = self.first_failure
@@ -121,3 +122,12 @@ class VerificationReport:
         for step in self.steps:
             for check in step.checks:
                 yield step, check
+
+
+def _finite(value: Any) -> Any:
+    """The same without NaN and infinity, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

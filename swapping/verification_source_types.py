@@ -132,11 +132,7 @@ def types_of(config: PreTrainedConfig) -> dict[str, str]:
     types = {}
     text_config = getattr(config, "text_config", None)
     text_config = text_config if isinstance(text_config, PreTrainedConfig) else config
-    if (
-        causal_lm_class(text_config) is not None
-        or text_config.is_encoder_decoder
-        or "AutoModelForCausalLM" in auto_map
-    ):
+    if causal_lm_class(text_config) is not None or "AutoModelForCausalLM" in auto_map:
         types["text"] = text_config.model_type
     vision_config = vision_config_of(config)
     tower_class = vision_tower_class(vision_config)

@@ -7,18 +7,20 @@ from torch import nn
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..composition.probe import probe_vision_tower
-from ..configuration.image_tokens import Grid, image_grids
+from ..configuration.image_tokens import image_grids
 from ..configuration.image_views import has_planned_views
 from ..modeling.fused_vision_towers import FusedVisionTowers
 from ..modeling.vision_towers import call_vision_tower, read_features
 from ..processing.image_outputs import image_outputs
 from ..processing.prepared_views import patch_keys
 from .verification_checks import (
+    SAME_SHAPES,
     Check,
     CheckFailed,
     Finding,
     NotChecked,
     Subject,
+    agree,
     agree_unless_trained,
     compare_weights,
     report_weights,
@@ -122,49 +124,63 @@ def check_layer(subject: Subject) -> Finding:
 @torch.no_grad()
 def check_features(subject: Subject) -> Finding:
     """The tower as the model calls and reads it, against its source as running that anew shows how to, on the same
-    pixels."""
-    config = subject.config
+    pixels. One that was trained is read as running it anew shows, and what it gives may differ from its source's."""
     inputs = dict(subject.image_inputs)
-    pixel_values = inputs["pixel_values"]
-    extras = {key: inputs[key] for key in patch_keys(config.vision_tower_spec) if key in inputs}
-    settings = list(zip(_pixels_of_towers(subject, pixel_values), _specs(subject), _layers(subject)))
+    extras = {key: inputs[key] for key in patch_keys(subject.config.vision_tower_spec) if key in inputs}
     details = []
-    for index, (tower, (pixels, spec, layer)) in enumerate(zip(subject.towers, settings)):
-        source = subject.source_vision_tower(index)
-        grids = image_grids(spec, pixels, extras)
-        found = _features(tower, spec, layer, pixels, extras, grids)
-        strategies = [config.vision_feature_select_strategy]
-        if len(settings) > 1:  # each tower has its own, and only its spec tells which
-            strategies = ["default", "full"]
-        fresh = [probe_vision_tower(source, tuple(spec["image_size"]), layer, strategy) for strategy in strategies]
-        own = next((each for each in fresh if each["grid"] == spec["grid"]), fresh[0])
-        if own["call_kwargs"] != spec["call_kwargs"]:  # as some models are imported, whose class calls the tower so
-            subject.notes.append(
-                f"The tower is called with {spec['call_kwargs']}, not {own['call_kwargs']} as by itself, and so was "
-                "its source."
-            )
-            own = spec
-        expected_grids = image_grids(own, pixels, extras)
-        if expected_grids != grids:
-            raise CheckFailed(
-                f"vision_tower_spec says that a picture gives {grids[0][0]}x{grids[0][1]} features, and its source "
-                f"gives {expected_grids[0][0]}x{expected_grids[0][1]}.",
-                {"grid": list(grids[0]), "source_grid": list(expected_grids[0])},
-            )
-        expected = _features(source, own, layer, pixels, extras, expected_grids)
-        than = subject.sources.vision[index].name
-        details.append(agree_unless_trained(subject, "vision_tower", found, expected, "Features", than))
+    for index, pixels in enumerate(_pixels_of_towers(subject, inputs["pixel_values"])):
+        tower, source = subject.towers[index], subject.source_vision_tower(index)
+        spec, layer = _specs(subject)[index], _layers(subject)[index]
+        found = _features(tower, spec, layer, pixels, extras)
+        others = [(source, subject.sources.vision[index].name)]
+        if "vision_tower" in subject.trained:
+            others = others if _shapes(tower) == _shapes(source) else []  # else made for pictures of another size
+            others.insert(0, (tower, "the tower itself, measured anew"))
+        for other, than in others:
+            expected = _features(other, _measured_spec(subject, other, spec, layer), layer, pixels, extras)
+            if expected.shape != found.shape:
+                raise CheckFailed(
+                    f"As vision_tower_spec says how to read it, the tower gives {len(found)} features of "
+                    f"{len(subject.pictures)} pictures; {than} gives {len(expected)}.",
+                    {"features": list(found.shape), "source_features": list(expected.shape)},
+                )
+            details.append(_compared(subject, found, expected, than, other is tower))
+    first = details[-1]
     return Finding(
-        " ".join(d.detail for d in details), details[0].figures, details[0].tolerance, details[0].tolerance_reason
+        " ".join(detail.detail for detail in details), first.figures, first.tolerance, first.tolerance_reason
     )
 
 
-def _features(
-    tower: nn.Module, spec: dict, layer, pixels: torch.Tensor, extras: dict, grids: list[Grid]
-) -> torch.Tensor:
+def _compared(subject: Subject, found: torch.Tensor, expected: torch.Tensor, than: str, is_own: bool) -> Finding:
+    if is_own:
+        return agree(found, expected, subject.model.dtype, SAME_SHAPES, "Features", than)
+    return agree_unless_trained(subject, "vision_tower", found, expected, "Features", than)
+
+
+def _measured_spec(subject: Subject, tower: nn.Module, spec: dict, layer) -> dict:
+    """How a tower is called and read, measured anew for pictures of the size that `spec` says."""
+    fused = isinstance(subject.model.vision_tower, FusedVisionTowers)
+    # Of several towers each has its own strategy, and only its spec tells which.
+    strategies = ("default", "full") if fused else (subject.config.vision_feature_select_strategy,)
+    measured = [probe_vision_tower(tower, tuple(spec["image_size"]), layer, strategy) for strategy in strategies]
+    own = next((each for each in measured if each["grid"] == spec["grid"]), measured[0])
+    if own["call_kwargs"] != spec["call_kwargs"]:  # as some models are imported, whose class calls the tower so
+        subject.notes.append(
+            f"The tower is called with {spec['call_kwargs']}, not {own['call_kwargs']} as by itself, and so was its "
+            "source."
+        )
+        return spec
+    return own
+
+
+def _shapes(tower: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tower.state_dict().items()}
+
+
+def _features(tower: nn.Module, spec: dict, layer, pixels: torch.Tensor, extras: dict) -> torch.Tensor:
     """Features of all pictures `(all features, width)`."""
     raw_features = call_vision_tower(tower, spec, pixels.to(tower.dtype), layer, extras)
-    return torch.cat(read_features(raw_features, spec, grids))
+    return torch.cat(read_features(raw_features, spec, image_grids(spec, pixels, extras)))
 
 
 def _specs(subject: Subject) -> list[dict]:
@@ -249,9 +265,9 @@ CHECKS = (
     Check(
         "weights",
         check_weights,
-        "If it was trained on purpose, say so (--trained vision_tower). Otherwise it was trained or changed by "
-        "mistake, or this is not its source: put the source's weights back (anyvlm.swap(…, vision=SOURCE)), and "
-        "freeze it while training.",
+        "If it was trained or resized on purpose, say so (--trained vision_tower). Otherwise it was trained or "
+        "changed by mistake, or this is not its source: put the source's weights back (anyvlm.swap(…, "
+        "vision=SOURCE)), and freeze it while training.",
     ),
     Check(
         "layer",

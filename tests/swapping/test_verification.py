@@ -6,12 +6,15 @@ import shutil
 
 import pytest
 import torch
+from remote_checkpoints import use_remote_image_processor, use_remote_tokenizer, write_remote_part
 from safetensors.torch import load_file, save_file
 from tiny_parts import text_config, tiny_tokenizer, vision_config
 from transformers import AutoModel, AutoModelForCausalLM
 from verified_parts import CHAT_TEMPLATE, make_sources, other_tokenizer, save_composed, save_language_model, save_tower
 
 import anyvlm
+from anyvlm.compatibility.native_cases import native_cases
+from anyvlm.compatibility.native_checks import build_native
 from anyvlm.modeling.projectors import build_projector
 from anyvlm.publishing.fresh_worker import picture
 
@@ -472,9 +475,22 @@ def test_trained_parts_must_be_said_to_be_trained(composed, sources):
 
 def test_trained_parts_with_nan_still_fail(composed, sources):
     with torch.no_grad():
-        composed[0].vision_tower.post_layernorm.weight[0] = float("nan")
         composed[0].vision_tower.encoder.layers[0].mlp.fc1.weight[0, 0] = float("nan")
-    assert verify(composed, sources.both, trained=["vision_tower"]).first_failure == ("vision_tower", "features")
+    report = verify(composed, sources.both, trained=["vision_tower"])
+    assert report.first_failure == ("vision_tower", "features")
+    assert "nan" in json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_resized_tower_is_read_as_it_is_measured_anew(sources, loaded):
+    model, processor, _ = anyvlm.swap(*copy.deepcopy(loaded), patch_size=4)
+    report = verify((model, processor), sources.checkpoint)
+    assert report.first_failure == ("vision_tower", "weights") and "[32, 3, 4, 4]" in report.verdict()
+    report = verify((model, processor), sources.checkpoint, trained=["vision_tower"])
+    assert report.passed, report
+    assert "measured anew" in report.check("vision_tower", "features").detail
+    break_tower_spec(model, processor)
+    report = verify((model, processor), sources.checkpoint, trained=["vision_tower"])
+    assert report.first_failure == ("vision_tower", "features")
 
 
 def test_composed_model_before_the_swap_stands_for_its_parts(composed, sources):
@@ -533,6 +549,30 @@ def test_swapped_models_pass_against_what_they_were_and_what_was_put_in(sources,
     processor.chat_template = loaded[1].chat_template
     report = verify((model, processor), [language_model, sources.checkpoint])
     assert report.first_failure == ("processor", "chat template"), report
+
+
+def test_imported_model_passes_against_its_native_class():
+    """Aya Vision does without the scale of logits that its language model has by itself."""
+    native, native_processor = build_native(native_cases("cohere_vision")[0], 0, False)
+    subject = anyvlm.from_native(copy.deepcopy(native), native_processor)
+    report = verify(subject, [native])
+    assert report.passed, report
+    assert "as a whole" in report.check("language_model", "logits").detail
+    with torch.no_grad():
+        subject[0].language_model.model.norm.weight[0] += 1
+    assert verify(subject, [native]).first_failure == ("language_model", "weights")
+
+
+def test_parts_with_code_of_their_own_pass(tmp_path):
+    use_remote_tokenizer(write_remote_part(tmp_path / "language_model", "old_style_lm"))
+    use_remote_image_processor(write_remote_part(tmp_path / "tower", "tower"))
+    both = [tmp_path / "language_model", tmp_path / "tower"]
+    save_composed(tmp_path / "composed", both[1], both[0], trust_remote_code=True)
+    report = verify(tmp_path / "composed", both, trust_remote_code=True)
+    assert report.passed, report
+    assert len(report.against) == 2 and report.check("vision_tower", "colours").status == "passed"
+    report = verify(tmp_path / "composed", both)
+    assert report.first_failure == ("checkpoint", "weights") and "trust_remote_code" in report.verdict()
 
 
 # Sources are known by what they are.
