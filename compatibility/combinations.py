@@ -41,7 +41,7 @@ VIEWS: dict[str, Any] = {
     "tiles (anyres)": {"type": "tiles", "layout": "anyres"},
     "tiles (dynamic)": {"type": "tiles", "layout": "dynamic", "max_tiles": 2},
     "slices": {"type": "slices", "max_slices": 2},
-    "native": "native",
+    "native": {"type": "native", "max_tokens": 16},
 }
 
 

@@ -40,7 +40,7 @@ class ModelUnderTest:
 
     Args:
         vision, text: Configs of the parts, tiny ones.
-        image_size: Edge of the pictures in pixels.
+        image_size: Edge of the pictures in pixels, unless their own is kept.
         seed: For the weights, which are random and large enough for a lost token or picture to show.
         new_tokens: How many tokens are generated where generation is checked.
         picture_size: Height and width of the pictures it is shown.
@@ -69,11 +69,13 @@ class ModelUnderTest:
         language_model = load_language_model(text).eval()
         make_sensitive(language_model, seed=3 * seed + 1)
         self.bare_language_model = copy.deepcopy(language_model)
+        views = compose_arguments.get("views")
+        keeps_sizes = (views["type"] if isinstance(views, dict) else views) == "native"
         self.model, self.processor = anyvlm.compose(
             vision=vision,
             text=language_model,
             tokenizer=tiny_tokenizer(),
-            image_size=image_size,
+            image_size=None if keeps_sizes else image_size,
             seed=seed,
             **compose_arguments,
         )
