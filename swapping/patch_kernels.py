@@ -6,9 +6,9 @@ Model for All Patch Sizes", section 3.4). For larger patches nothing is lost, wh
 Resizing the kernel as if it were a picture would change the size of all activations.
 
 `S` is that of natural pictures here, whose neighbouring pixels are alike, and `B` is bicubic, as image processors resize.
-Measured with DINOv2-S and two photographs, the cosine distance of patch tokens from those of patches of 14 pixels: 0.0003 and
-0.0016 for 28 pixels (0.002 and 0.008 with a bilinear `B`), 0.0055 and 0.0097 for 7 (0.011 and 0.016 with a bilinear `B` and
-the identity for `S`).
+Measured with DINOv2-S and two photographs, the cosine distance of patch tokens from those of patches of 14 pixels: 0.0003
+and 0.0016 for 28 pixels (0.002 and 0.008 with a bilinear `B`), 0.0055 and 0.0097 for 7 (0.011 and 0.016 with a bilinear `B`
+and the identity for `S`).
 """
 
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ compared. What kept its shape is copied bit for bit. A tensor that did not is a 
 import copy
 import itertools
 import logging
-import math
-from typing import Any
 
 import torch
 from torch import nn
@@ -31,6 +29,7 @@ from .position_tables import (
     find_flat_table,
     find_position_table,
 )
+from .resized_config import resized_config, stated_patch_size
 
 
 logger = logging.getLogger(__name__)
@@ -38,8 +37,8 @@ logger = logging.getLogger(__name__)
 Size = tuple[int, int]
 #: A tower that states no size is tried with pictures of so many patches (merged ones) along each edge.
 _PATCHES = 8
-#: Under which some configs state the number of patches of a picture beside its size (Molmo 2).
-_COUNTS = ("num_patches", "num_position_embeddings")
+#: Features that differ by this part of their size are the same.
+_ROUNDING = 1e-5
 
 
 def resized_tower(
@@ -66,7 +65,7 @@ def resized_tower(
     """
     name = type(vision_tower).__name__
     config = vision_tower.config
-    patch, new_patch = _edge(config), patch_size or _edge(config)
+    patch, new_patch = stated_patch_size(config), patch_size or stated_patch_size(config)
     edge = _PATCHES * patch_edge(config)
     old_size = config_size(config) or _pair(edge)
     new_size = _pair(image_size) if image_size is not None else config_size(config) or _pair(edge // patch * new_patch)
@@ -125,46 +124,17 @@ def fit_to_size(vision_tower: nn.Module, image_size: int | Size) -> nn.Module:
     Raises:
         CompositionError: it cannot be resized either.
     """
+    return fitted_tower(vision_tower, image_size)[0]
+
+
+def fitted_tower(vision_tower: nn.Module, image_size: int | Size) -> tuple[nn.Module, list[str]]:
+    """As `fit_to_size`, with a sentence on each tensor that was resized; none if the tower stays."""
     try:
         probe_vision_tower(vision_tower, _pair(image_size))
     except Exception as error:  # noqa: BLE001 - a tower may fail in any way at a size that is not its own
         logger.info("%s is resized, since it says: %s", type(vision_tower).__name__, error)
-        return resized_tower(vision_tower, image_size)[0]
-    return vision_tower
-
-
-def resized_config(config: PreTrainedConfig, image_size: Size, patch_size: int | None = None) -> PreTrainedConfig:
-    """A copy of a tower's config for another size, each in the form in which it was stated.
-
-    Raises:
-        CompositionError: the config states no such size, or takes squares alone.
-    """
-    new_config = copy.deepcopy(config)
-    wanted = {"image_size": image_size} if config_size(config) not in (None, image_size) else {}
-    if patch_size is not None:
-        wanted["patch_size"] = (patch_size, patch_size)
-    for key, size in wanted.items():
-        stated = getattr(config, key, None)
-        if isinstance(stated, int):
-            value: Any = size[0] if size[0] == size[1] else list(size)
-        elif isinstance(stated, (list, tuple)) and len(stated) == 2:
-            value = type(stated)(size)
-        else:
-            raise CompositionError(
-                f"{type(config).__name__} states no {key} for its pictures ({stated!r}), so it cannot be changed."
-            )
-        try:
-            setattr(new_config, key, value)
-        except Exception as error:  # noqa: BLE001 - configs validate what they are given in ways of their own
-            raise CompositionError(f"{type(config).__name__} does not take {key}={value}: {error}") from error
-    if config_size(config) is not None:
-        count, new_count = (
-            math.prod(edge // _edge(each) for edge in config_size(each)) for each in (config, new_config)
-        )
-        for key in _COUNTS:
-            if getattr(config, key, None) == count:
-                setattr(new_config, key, new_count)
-    return new_config
+        return resized_tower(vision_tower, image_size)
+    return vision_tower, []
 
 
 def _pair(size: int | Size) -> Size:
@@ -229,12 +199,6 @@ def _recognised(
     return {key: found[key] or find_flat_table(*both, tables) for key, both in shapes.items()}
 
 
-def _edge(config: PreTrainedConfig) -> int:
-    size = getattr(config, "patch_size", None)
-    size = size[0] if isinstance(size, (list, tuple)) and size else size
-    return size if isinstance(size, int) else 1
-
-
 def _tokens_beside_places(vision_tower: nn.Module, spec: dict) -> dict[int, Size]:
     """Number of tokens in a sequence inside the tower -> how many at its start and its end are no places.
 
@@ -293,6 +257,8 @@ def _towers_own_way(
         if features.shape != expected.shape:
             return usual
         errors[way] = float((features - expected).square().mean())
+        if errors[way] <= _ROUNDING**2 * float(expected.square().mean()):
+            break
     return min(errors, key=errors.get)
 
 
