@@ -41,24 +41,30 @@ class KeptViews:
 
     Args:
         held_out_every: Pictures whose number is a multiple of this are held out. Odd, so that halving takes from both.
+        max_views: At most so many.
         max_bytes: Of all tensors.
     """
 
-    def __init__(self, held_out_every: int, max_bytes: int = 2**29):
-        self.held_out_every, self.max_bytes = held_out_every, max_bytes
+    def __init__(self, held_out_every: int, max_views: int = 2048, max_bytes: int = 2**29):
+        self.held_out_every, self.max_views, self.max_bytes = held_out_every, max_views, max_bytes
         self.stride, self.bytes = 1, 0
         self.views: list[KeptView] = []
 
     def add(self, number: int, view: PairedView) -> None:
         if view.tokens is None or number % self.stride:
             return
-        kept = KeptView(number, view.grid, *(part.cpu() for part in (view.new, view.tokens, view.tokens_reached)))
+        # Copies: a view of a batch's tensor would keep all of it.
+        parts = (view.new, view.tokens, view.tokens_reached)
+        kept = KeptView(number, view.grid, *(part.to("cpu", copy=True) for part in parts))
         self.views.append(kept)
         self.bytes += _bytes(kept)
-        while self.bytes > self.max_bytes and len({view.number for view in self.views}) > 2 * self.held_out_every:
+        while self._is_full() and len({view.number for view in self.views}) > 2 * self.held_out_every:
             self.stride *= 2
             self.views = [view for view in self.views if view.number % self.stride == 0]
             self.bytes = sum(map(_bytes, self.views))
+
+    def _is_full(self) -> bool:
+        return self.bytes > self.max_bytes or len(self.views) > self.max_views
 
     def held_out(self) -> list[KeptView]:
         return [view for view in self.views if view.number % self.held_out_every == 0]

@@ -83,7 +83,7 @@ class TruePositions:
         # Of several towers, features stand in the grid of the first.
         if isinstance(self.image_processor, FusedImageProcessor):
             self.image_processor = self.image_processor.image_processors[0]
-        self._measured = lru_cache(maxsize=4096)(self._measure)
+        self._measured = lru_cache(maxsize=1024)(self._measure)
 
     def __call__(self, height: int, width: int, grids: list[Grid]) -> list[Places | None]:
         """The places of each view of a picture of `height` x `width` pixels, alone in its text.

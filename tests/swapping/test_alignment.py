@@ -1,6 +1,8 @@
 """A new tower's projector in closed form."""
 
 import copy
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -265,9 +267,10 @@ def test_what_cannot_be_aligned():
         align(model, processor, new_model, new_processor, _pictures(4), progress=False)
 
 
-def test_memory_is_bounded():
+@pytest.mark.parametrize("limits", [{"max_bytes": 40_000}, {"max_views": 140}])
+def test_what_is_kept_is_bounded(limits):
     """What is kept of the stream for errors behind a projector is halved when it is full, spread over all of it."""
-    kept = KeptViews(5, max_bytes=40_000)
+    kept = KeptViews(5, **limits)
     for number in range(1000):
         view = PairedView(
             0,
@@ -279,7 +282,31 @@ def test_memory_is_bounded():
             torch.ones(4).bool(),
         )
         kept.add(number, view)
-        assert kept.bytes <= 40_000
+        assert kept.bytes <= kept.max_bytes and len(kept.views) <= kept.max_views
     numbers = [view.number for view in kept.views]
     assert numbers == list(range(0, 1000, kept.stride)) and len(numbers) > 50
     assert len(kept.held_out()) == pytest.approx(len(numbers) / 5, abs=1)
+
+
+def test_memory_does_not_grow():
+    """While pictures stream by: those of one batch are there, and tensors but for the few that are kept on purpose."""
+    model, processor, new_model, new_processor = _swapped()
+    shown, alive, tensors = [], {}, {}
+
+    class Lazy:
+        def __iter__(self):
+            for seed in range(160):
+                if seed in (32, 144):
+                    gc.collect()
+                    alive[seed] = sum(reference() is not None for reference in shown)
+                    tensors[seed] = sum(
+                        o.untyped_storage().nbytes() for o in gc.get_objects() if type(o) is torch.Tensor
+                    )
+                picture = _pictures(1, size=(300, 200), seed=seed)[0]
+                shown.append(weakref.ref(picture))
+                yield picture
+
+    align(model, processor, new_model, new_processor, Lazy(), progress=False, batch_size=8)
+    assert alive[32] == alive[144] <= 16
+    a_kept_view = 16 * 32 * 4 + 16 * 32 * 4 + 16
+    assert tensors[144] - tensors[32] <= (144 - 32) * a_kept_view
