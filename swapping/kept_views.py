@@ -14,6 +14,7 @@ from .ridge import RidgeSums
 
 #: Views that go through a projector at once.
 _BATCH = 16
+_MAX_HELD_OUT = 64
 
 
 @dataclass
@@ -51,7 +52,7 @@ class KeptViews:
         self.views: list[KeptView] = []
 
     def add(self, number: int, view: PairedView) -> None:
-        if view.tokens is None or number % self.stride:
+        if view.tokens is None or number % self.stride or not view.tokens_reached.any():
             return
         # Copies: a view of a batch's tensor would keep all of it.
         parts = (view.new, view.tokens, view.tokens_reached)
@@ -67,7 +68,9 @@ class KeptViews:
         return self.bytes > self.max_bytes or len(self.views) > self.max_views
 
     def held_out(self) -> list[KeptView]:
-        return [view for view in self.views if view.number % self.held_out_every == 0]
+        """Those of pictures that are held out; at most so many that a projector is quickly tried on them, evenly chosen."""
+        views = [view for view in self.views if view.number % self.held_out_every == 0]
+        return views[:: -(-len(views) // _MAX_HELD_OUT)] if views else []
 
     def others(self) -> list[KeptView]:
         return [view for view in self.views if view.number % self.held_out_every]
@@ -102,10 +105,8 @@ def explained_variance(projector: nn.Module, views: Iterable[KeptView]) -> float
         scatter = scatter or RidgeSums(0, wanted.shape[1], wanted.device)
         scatter.update(wanted[:, :0], wanted)
         error += float((tokens.double() - wanted.double()).square().sum())
-    if scatter is None:
-        return float("nan")
-    total = float(scatter.yy.sum())
-    return 1 - error / total if total > 0 else float("nan")
+    total = 0.0 if scatter is None else float(scatter.yy.sum())
+    return 1 - error / total if total > 0 else -float("inf")
 
 
 @contextmanager

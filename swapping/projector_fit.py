@@ -49,6 +49,22 @@ class Candidate:
         }
 
 
+def best_nearby(value: Callable[[int], float], start: int, number: int) -> tuple[int, float]:
+    """The index, and its value, where a function of `0 … number - 1` is largest, going both ways from `start` until it fell
+    twice: for a function with one hill and little noise, which is costly to ask."""
+    best, largest = start, value(start)
+    for step in (-1, 1):
+        index, falls = start + step, 0
+        while 0 <= index < number and falls < 2:
+            found = value(index)
+            if found > largest:
+                best, largest, falls = index, found, 0
+            else:
+                falls += 1
+            index += step
+    return best, largest
+
+
 class FeatureFit:
     """The old projector behind a linear map from the new tower's features to the old one's; then its last layer anew.
 
@@ -93,20 +109,33 @@ class FeatureFit:
         return found
 
     def _features(self, prior: tuple[torch.Tensor, torch.Tensor] | None) -> Candidate:
+        """The map to the old features. Its penalty is the one that gives the best tokens: what is good for the features,
+        most of which the projector hardly looks at, is too large for these (measured: ten times)."""
         penalties = REGULARISATIONS if prior is None else (*REGULARISATIONS, float("inf"))
         solution = solve(self.folds, penalties, prior)
+        held_out, shares = self.kept.held_out(), [entry["explained_variance"] for entry in solution.candidates]
 
-        def build(with_held_out: bool) -> nn.Module:
-            weight, bias = solution.weight, solution.bias
-            if not with_held_out:
-                weight, bias = fit(total(self.folds[1:]), solution.regularisation, prior)
+        def behind(weight: torch.Tensor, bias: torch.Tensor) -> nn.Module:
             return mapped_projector(self.core, self.config, weight.float(), bias.float(), None)[0].eval()
 
+        chosen, share = penalties.index(solution.regularisation), solution.explained_variance
+        if held_out:
+            chosen, share = best_nearby(
+                lambda index: explained_variance(behind(*solution.path.map(penalties[index])), held_out),
+                chosen,
+                len(penalties),
+            )
+
+        def build(with_held_out: bool) -> nn.Module:
+            if not with_held_out:
+                return behind(*solution.path.map(penalties[chosen]))
+            return behind(*fit(total(self.folds), penalties[chosen], prior))
+
         notes = {
-            "explained_variance_of_features": solution.explained_variance,
+            "explained_variance_of_features": shares[chosen],
             "drawn_to": "zero" if prior is None else "identity",
         }
-        return self._candidate("features", solution, build, notes)
+        return Candidate("features", penalties[chosen], build, share, notes)
 
     def _tokens_of_linear(self) -> Candidate:
         layer = self.core.linear
@@ -116,7 +145,7 @@ class FeatureFit:
         def build(with_held_out: bool) -> nn.Module:
             weight, bias = solution.weight, solution.bias
             if not with_held_out:
-                weight, bias = fit(total(folds[1:]), solution.regularisation)
+                weight, bias = solution.path.map(solution.regularisation)
             projector = build_projector(mapped_config(self.core, self.config, self.new_width, None)).to(layer.weight)
             projector.linear.weight.copy_(weight)
             projector.linear.bias.copy_(bias)
@@ -207,7 +236,7 @@ class LastLayerFit:
         def build(with_held_out: bool) -> nn.Module:
             weight, bias = solution.weight, solution.bias
             if not with_held_out:
-                weight, bias = fit(self.folds[1], solution.regularisation)
+                weight, bias = solution.path.map(solution.regularisation)
             module = copy.deepcopy(self.core)
             module.output_layer.weight.copy_(weight)
             module.output_layer.bias.copy_(bias)

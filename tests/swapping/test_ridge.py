@@ -6,7 +6,7 @@ import torch
 from sklearn.linear_model import LinearRegression, Ridge
 from sklearn.metrics import r2_score
 
-from anyvlm.swapping.ridge import REGULARISATIONS, RidgeSums, fit, penalty, solve, squared_errors
+from anyvlm.swapping.ridge import REGULARISATIONS, RidgePath, RidgeSums, fit, penalty, solve
 
 
 def _samples(n=400, d=24, out=7, seed=0, noise=0.5):
@@ -89,13 +89,14 @@ def test_weights():
 def test_error_on_held_out_samples():
     x, y = _samples(n=90, d=40, noise=3)
     train, held_out = _sums(x[:60], y[:60]), _sums(x[60:] + 0.3, y[60:])
-    errors = squared_errors(train, held_out, REGULARISATIONS)
+    path = RidgePath(train)
+    errors = path.squared_errors(held_out, REGULARISATIONS)
     for regularisation, error in zip(REGULARISATIONS, errors):
         oracle = Ridge(alpha=penalty(train, regularisation), solver="svd").fit(x[:60], y[:60])
         expected = np.square(oracle.predict(x[60:] + 0.3) - y[60:]).sum()
         assert float(error) == pytest.approx(expected, rel=1e-6)
-        weight, bias = fit(train, regularisation)
-        assert held_out.squared_error(weight, bias) == pytest.approx(expected, rel=1e-6)
+        for weight, bias in (fit(train, regularisation), path.map(regularisation)):
+            assert held_out.squared_error(weight, bias) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("validated", [1, 3])
@@ -134,7 +135,9 @@ def test_a_prior():
     assert torch.equal(kept, prior[0])
     assert _error(shifted, (y - x @ prior[0].numpy().T).mean(0)) < 1e-9
     halves = [_sums(x[::2], y[::2]), _sums(x[1::2], y[1::2])]
-    errors = squared_errors(*halves, [0.3, float("inf")], prior)
+    path = RidgePath(halves[0], prior)
+    errors = path.squared_errors(halves[1], [0.3, float("inf")])
+    assert torch.equal(path.map(float("inf"))[0], prior[0])
     assert float(errors[0]) == pytest.approx(halves[1].squared_error(*fit(halves[0], 0.3, prior)), rel=1e-9)
     assert float(errors[1]) == pytest.approx(halves[1].squared_error(*fit(halves[0], float("inf"), prior)), rel=1e-9)
 
