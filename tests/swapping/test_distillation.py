@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_parts import compose, vision_config
 
 from anyvlm.swapping.distillation import distil
 from anyvlm.swapping.old_answers import QUESTIONS, WordProbabilities, ask, prompts_of
 from anyvlm.swapping.picture_paths import PicturePath
 from anyvlm.swapping.vision_swap import swap_vision_tower
-from tests.tiny_parts import compose, vision_config
 
 
 def pictures(count=12, seed=0):
