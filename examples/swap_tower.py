@@ -49,7 +49,7 @@ console = Console()
 
 @dataclass(frozen=True)
 class Tower:
-    """A tower and how it is used: `size` in pixels gives a grid of 4 by 4 features."""
+    """A tower and how it is used: pictures of `size` pixels, features of a `layer`."""
 
     name: str
     folder: str
@@ -60,10 +60,13 @@ class Tower:
         return {"vision": str(models / self.folder), "image_size": self.size, "vision_feature_layer": self.layer}
 
 
-DINO = Tower("DINOv2-S", "dinov2-small", 56)
-# The stage before the last: the last one's features belong to the classes of ImageNet, and say less about other pictures.
-RESNET = Tower("ResNet-50", "resnet-50", 64, layer=-2)
-DIRECTIONS = {"there": (DINO, RESNET), "back": (RESNET, DINO)}
+# Of ResNet-50 the stage before the last: the last one's features belong to the classes of ImageNet, and say less about
+# other pictures. The old tower gives a grid of 4 by 4 features; the new one sees twice as large pictures, and its 8 by 8
+# features are brought to that grid.
+DIRECTIONS = {
+    "there": (Tower("DINOv2-S", "dinov2-small", 56), Tower("ResNet-50", "resnet-50", 128, layer=-2)),
+    "back": (Tower("ResNet-50", "resnet-50", 64, layer=-2), Tower("DINOv2-S", "dinov2-small", 112)),
+}
 ROWS = {
     "teacher": "trained with {old}",
     "shuffled": "the same, pictures exchanged",
@@ -207,7 +210,7 @@ def teacher_of(
     text = str(run.models / "stories-15m")
     model, processor = anyvlm.compose(**tower.arguments(run.models), text=text, dtype=torch.float32, seed=seed)
     torch.manual_seed(seed)
-    kept = cache / f"{tower.folder}-train-{len(labels)}.pt"
+    kept = run.output / f"{tower.folder}-{tower.size}-train-{len(labels)}.pt"
     features = features_of(PicturePath(model, processor), pixels, kept)
     train_teacher(model, processor, features, labels, seed, run.steps, run.batch_size)
     processor.save_pretrained(folder)
@@ -223,13 +226,13 @@ def measure(direction: str, seed: int, run: argparse.Namespace, data: list[np.nd
     old_tower, new_tower = DIRECTIONS[direction]
     pixels, labels, test_pixels, test_labels = data
     test_pixels, test_labels = test_pixels[: run.test], test_labels[: run.test]
-    model, processor = teacher_of(direction, seed, run, pixels[: run.train], labels[: run.train], run.output)
+    model, processor = teacher_of(direction, seed, run, pixels[: run.train], labels[: run.train])
     unlabelled = random.Random(seed).sample(range(FIRST_UNLABELLED, len(pixels)), run.pictures)
     pictures = as_pictures(pixels[unlabelled])
 
     def exact(model, processor, tower: Tower, **kwargs) -> float:
         features = features_of(
-            PicturePath(model, processor), test_pixels, run.output / f"{tower.folder}-test-{run.test}.pt"
+            PicturePath(model, processor), test_pixels, run.output / f"{tower.folder}-{tower.size}-test-{run.test}.pt"
         )
         return Questions(model, processor).exact(features, test_labels, **kwargs)
 
