@@ -49,22 +49,18 @@ console = Console()
 
 @dataclass(frozen=True)
 class Tower:
-    """A tower and how it is used: pictures of `size` pixels, features of a `layer`."""
+    """A tower and how it is used: pictures of `size` pixels, and where a model is trained with it, features of a `layer`."""
 
     name: str
     folder: str
     size: int
     layer: int | None = None
 
-    def arguments(self, models: Path) -> dict:
-        return {"vision": str(models / self.folder), "image_size": self.size, "vision_feature_layer": self.layer}
 
-
-# Of ResNet-50 the stage before the last: the last one's features belong to the classes of ImageNet, and say less about
-# other pictures. The old tower gives a grid of 4 by 4 features; the new one sees twice as large pictures, and its 8 by 8
-# features are brought to that grid.
+#: The tower that a model is trained with, and the one that takes its place. The old one gives a grid of 4 by 4 features. The
+#: new one sees twice as large pictures: its features are brought to that grid. The swap finds which of its layers to read.
 DIRECTIONS = {
-    "there": (Tower("DINOv2-S", "dinov2-small", 56), Tower("ResNet-50", "resnet-50", 128, layer=-2)),
+    "there": (Tower("DINOv2-S", "dinov2-small", 56), Tower("ResNet-50", "resnet-50", 128)),
     "back": (Tower("ResNet-50", "resnet-50", 64, layer=-2), Tower("DINOv2-S", "dinov2-small", 112)),
 }
 ROWS = {
@@ -198,17 +194,21 @@ def train_teacher(model, processor, features, labels, seed: int, steps: int, bat
     model.eval()
 
 
-def teacher_of(
-    direction: str, seed: int, run: argparse.Namespace, pixels: np.ndarray, labels: np.ndarray, cache: Path
-):
+def teacher_of(direction: str, seed: int, run: argparse.Namespace, pixels: np.ndarray, labels: np.ndarray):
     """The trained model and its processor, from the folder where it was left if there is one."""
     folder = run.output / f"teacher-{direction}-{seed}"
     if (folder / "config.json").exists():
         model = AutoModelForCausalLM.from_pretrained(folder)
         return model.eval(), AutoProcessor.from_pretrained(folder)
     tower = DIRECTIONS[direction][0]
-    text = str(run.models / "stories-15m")
-    model, processor = anyvlm.compose(**tower.arguments(run.models), text=text, dtype=torch.float32, seed=seed)
+    model, processor = anyvlm.compose(
+        vision=str(run.models / tower.folder),
+        text=str(run.models / "stories-15m"),
+        image_size=tower.size,
+        vision_feature_layer=tower.layer,
+        dtype=torch.float32,
+        seed=seed,
+    )
     torch.manual_seed(seed)
     kept = run.output / f"{tower.folder}-{tower.size}-train-{len(labels)}.pt"
     features = features_of(PicturePath(model, processor), pixels, kept)
@@ -231,19 +231,18 @@ def measure(direction: str, seed: int, run: argparse.Namespace, data: list[np.nd
     pictures = as_pictures(pixels[unlabelled])
 
     def exact(model, processor, tower: Tower, **kwargs) -> float:
-        features = features_of(
-            PicturePath(model, processor), test_pixels, run.output / f"{tower.folder}-{tower.size}-test-{run.test}.pt"
-        )
+        name = f"{tower.folder}-{tower.size}-layer{model.config.vision_feature_layer}-test-{run.test}"
+        features = features_of(PicturePath(model, processor), test_pixels, run.output / f"{name}.pt")
         return Questions(model, processor).exact(features, test_labels, **kwargs)
 
     result = {
         "teacher": exact(model, processor, old_tower),
         "shuffled": exact(model, processor, old_tower, shuffled=True),
     }
-    arguments = {**new_tower.arguments(run.models), "seed": seed}
+    arguments = {"vision": str(run.models / new_tower.folder), "image_size": new_tower.size, "seed": seed}
     new_model, new_processor, _ = anyvlm.swap(model, processor, **arguments)
     result["random"] = exact(new_model, new_processor, new_tower)
-    new_model, new_processor, report = anyvlm.swap(model, processor, images=pictures, **arguments)
+    new_model, new_processor, report = anyvlm.swap(model, processor, images=pictures, seconds=0, **arguments)
     result["closed"] = exact(new_model, new_processor, new_tower)
     words = {name: tensor.clone() for name, tensor in model.language_model.state_dict().items()}
     distillation = distil(
@@ -253,6 +252,7 @@ def measure(direction: str, seed: int, run: argparse.Namespace, data: list[np.nd
         raise RuntimeError("The language model was changed by the distillation.")
     result["distilled"] = exact(new_model, new_processor, new_tower)
     result["alignment"] = {key: report.alignment[key] for key in ("explained_variance", "target", "seconds")}
+    result["layers"] = report.layers
     result["distillation"] = {key: distillation[key] for key in ("steps", "seconds", "examples", "agreement")}
     check_generate(new_model, new_processor, test_pixels[:24], test_labels[:24])
     kept.write_text(json.dumps(result, indent=2) + "\n")

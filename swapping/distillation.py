@@ -125,7 +125,7 @@ def distil(
         )
         run = _Run(new, examples, held_out, parameters, groups, settings, started, bar)
         interrupted = run.train()
-        after = run.measure()
+        after = run.best[0]
     if interrupted:
         logger.warning("Interrupted after %d steps; the best weights until then are kept.", run.step)
     keys = ("agreement", "held_out_loss", "token_error")
@@ -208,8 +208,11 @@ class _Run:
                 "The new path gives another number of tokens than the old one, so only its words can be compared. Leave "
                 'word_weight above 0, or swap with image_tokens="keep".'
             )
+        measuring = time.monotonic()
         self.before = self.measure()
-        self.best = (self.before["held_out_loss"], self._copied())
+        # The last look at the held-out pictures is within the time too.
+        self.reserved = 1.5 * (time.monotonic() - measuring)
+        self.best = (self.before, self._copied())
 
     def _copied(self) -> list[torch.Tensor]:
         return [parameter.detach().clone() for parameter in self.parameters]
@@ -220,7 +223,8 @@ class _Run:
         if self.settings.seconds is None:
             return by_steps
         now = time.monotonic()
-        by_time = (now - self.first_step) / max(self.started + self.settings.seconds - self.first_step, 1e-3)
+        end = self.started + self.settings.seconds - self.reserved
+        by_time = (now - self.first_step) / max(end - self.first_step, 1e-3)
         return max(by_steps, by_time)
 
     def train(self) -> bool:
@@ -248,9 +252,9 @@ class _Run:
         return interrupted
 
     def _keep_if_better(self) -> None:
-        loss = self.measure()["held_out_loss"]
-        if loss < self.best[0]:
-            self.best = (loss, self._copied())
+        measured = self.measure()
+        if measured["held_out_loss"] < self.best[0]["held_out_loss"]:
+            self.best = (measured, self._copied())
 
     def _train_step(self, progress: float) -> float:
         settings = self.settings

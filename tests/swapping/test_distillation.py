@@ -46,6 +46,10 @@ def test_only_the_projector_is_changed_and_it_comes_nearer_to_the_old_path():
     assert {name: parameter.requires_grad for name, parameter in new.named_parameters()} == trainable
     assert {name: module.training for name, module in new.named_modules()} == modes
     assert all(parameter.grad is None for parameter in new.parameters())
+    # What is said of the weights is true of those in place.
+    again = run(old, old_processor, new, new_processor, steps=1, learning_rate=0.0)
+    for key in ("agreement", "held_out_loss", "token_error"):
+        assert again[key]["before"] == pytest.approx(report[key]["after"], abs=1e-6)
 
 
 @pytest.mark.parametrize("gradual", [False, True])
