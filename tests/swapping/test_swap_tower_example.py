@@ -2,7 +2,6 @@
 
 import gzip
 import importlib.util
-import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -87,7 +86,7 @@ def test_table_is_written_between_its_marks(example, tmp_path):
         example.write_between_marks(page, text)
 
 
-def test_says_which_model_is_missing(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--models", str(tmp_path), "--output", str(tmp_path / "out")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 1 and "There is no dinov2-small in" in result.stderr
+def test_says_which_model_is_missing(example, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["swap_tower.py", "--models", str(tmp_path), "--output", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="There is no dinov2-small in"):
+        example.main()
