@@ -30,7 +30,9 @@ class PicturePath:
     def inputs(self, pictures: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
         """What `get_image_features` takes for pictures, on the model's device."""
         texts = [self.processor.image_token] * len(pictures)
-        batch = self.processor(text=texts, images=[[picture] for picture in pictures], return_tensors="pt")
+        images = [[picture] for picture in pictures]
+        # Pictures may have different numbers of tokens.
+        batch = self.processor(text=texts, images=images, padding=True, return_tensors="pt")
         of_text = ("input_ids", "attention_mask")
         return {name: value.to(self.model.device) for name, value in batch.items() if name not in of_text}
 

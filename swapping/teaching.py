@@ -1,0 +1,313 @@
+"""After another language model was put in: the old model teaches the new projector, on pictures without labels.
+
+Two language models read different embeddings, and a linear map between those does not carry a projector over. What both
+share is the pictures and the words. So the old model is asked about unlabelled pictures, and the new projector is trained
+until the new language model, which stays as it is bit for bit, gives the same answers: distillation (Hinton et al. 2015)
+through answers in place of tokens, because the two have different ones (Kim & Rush 2016, "Sequence-level knowledge
+distillation"). To a frozen language model, image tokens are a prompt that is tuned (Lester et al. 2021, "The power of
+scale for parameter-efficient prompt tuning"), and like those they want high learning rates.
+"""
+
+import logging
+import math
+import random
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
+from ..processing.processing_anyvlm import AnyVlmProcessor
+from .cached_pictures import CachedPictures
+from .closed_form_text import STARTS, solve_last_layer
+from .picture_paths import PicturePath
+from .pictures import Pictures
+from .student import Student
+from .teacher_answers import Teacher, TeacherAnswer, compare_answers
+
+
+logger = logging.getLogger(__name__)
+
+#: Asked where no questions are given.
+QUESTIONS = ("What is this?", "What is in the picture?", "Describe the picture.")
+MAX_PICTURES = 4096
+#: Share of the time in which the old model looks and answers.
+PREPARATION_SHARE = 0.35
+HELD_OUT_SHARE = 0.1
+MAX_HELD_OUT = 96
+#: How often the held-out pictures are looked at.
+EVALUATIONS = 8
+WARM_UP_STEPS = 10
+ANSWER_BATCH_SIZE = 64
+
+
+def teach(
+    old_model: AnyVlmForConditionalGeneration,
+    old_processor: AnyVlmProcessor,
+    new_model: AnyVlmForConditionalGeneration,
+    new_processor: AnyVlmProcessor,
+    pictures: Any,
+    *,
+    texts: Sequence[str] | None = None,
+    seconds: float | None = 90.0,
+    steps: int | None = None,
+    start: str = "closed_form",
+    seed: int = 0,
+    learning_rate: float = 3e-3,
+    batch_size: int = 32,
+    max_pictures: int = MAX_PICTURES,
+    max_new_tokens: int = 32,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train the projector of `new_model`, in place and nothing else, to make it answer as the old model does.
+
+    The best projector by held-out pictures is kept, the one it starts with among them. An interrupt (Ctrl-C) ends it early,
+    with the best so far.
+
+    Args:
+        old_model, old_processor: The trained model.
+        new_model, new_processor: The same with another language model (`swap_language_model`): the vision tower is the same.
+        pictures: Without labels, as `Pictures` takes them.
+        texts: Questions to ask, such as users will ask; pictures get them in turn. Default: plain ones (`QUESTIONS`).
+        seconds: Time for all of it by the clock, the old model's answers included; `None` for no limit.
+        steps: Most optimiser steps; `None` for no limit. One of both is needed.
+        start: `"closed_form"`: the last layer is solved for (`closed_form_text.py`) from what the old model answered;
+            `"kept"`: it stays as it came.
+        seed: For the order, and which pictures are held out.
+        learning_rate: The highest one, after a few steps; it falls to zero along a cosine.
+        batch_size: Pictures per step.
+        max_pictures: Most pictures that are looked at; a random sample of more.
+        max_new_tokens: Longest answer of the old model, in its tokens.
+        progress: Show a progress bar.
+
+    Returns:
+        `steps`, `seconds`, `preparation_seconds`; `losses` `[[step, loss], …]` and `held_out_losses`, likewise, of the old
+        model's words, in nats per token. `agreement` and `held_out_loss`, each `{"before", "started", "after"}`: with the
+        projector as it came, from where it started, and after; agreement is the share of held-out pictures about which the
+        new model gives, word for word, the old one's answer. `start`, and what was `solved` for it; `pictures`,
+        `held_out_pictures`, `answers` (how many different ones), `trained_parameters`, `interrupted`.
+
+    Raises:
+        ValueError: fewer than two pictures, neither `seconds` nor `steps`, another vision tower, a projector without
+            parameters, or an unknown start.
+    """
+    _check(old_model, new_model, seconds, steps, start)
+    questions = _questions(texts)
+    started = time.monotonic()
+    with _only_projector_trained(old_model, new_model) as parameters, _bar(progress) as bar:
+        source = Pictures(pictures, limit=max_pictures, seed=seed)
+        until = math.inf if seconds is None else started + PREPARATION_SHARE * seconds
+        cached = CachedPictures(PicturePath(old_model, old_processor))
+        lessons = _ask(cached, source, questions, max_new_tokens, until, seed, bar)
+        held_out, lessons = _split(lessons, seed)
+        compare_answers(lessons)
+        student = Student(new_model, new_processor, cached)
+        run = _Run(
+            student, lessons, held_out, parameters, _Limits(seconds, steps, started), learning_rate, batch_size, seed
+        )
+        before = run.measure()
+        solved = None
+        if start == "closed_form":
+            solved = solve_last_layer(student, lessons, held_out)
+        prepared = time.monotonic()
+        interrupted = run.train(bar)
+        after = run.measure()
+    if interrupted:
+        logger.warning("Interrupted after %d steps; the best projector until then is kept.", run.step)
+    return {
+        "steps": run.step,
+        "seconds": time.monotonic() - started,
+        "preparation_seconds": prepared - started,
+        "losses": run.losses,
+        "held_out_losses": run.held_out_losses,
+        **{key: {"before": before[key], "started": run.first[key], "after": after[key]} for key in before},
+        "start": start,
+        "solved": solved,
+        "pictures": len(cached),
+        "held_out_pictures": len(held_out),
+        "answers": len({lesson.answer for lesson in lessons}),
+        "trained_parameters": sum(parameter.numel() for parameter in parameters),
+        "interrupted": interrupted,
+    }
+
+
+def _check(old_model, new_model, seconds: float | None, steps: int | None, start: str) -> None:
+    if seconds is None and steps is None:
+        raise ValueError("Pass seconds=…, steps=…, or both: something must end the teaching.")
+    if start not in STARTS:
+        raise ValueError(f"Unknown start {start!r}. Choose one of: {', '.join(STARTS)}.")
+    if old_model.vision_tower is not new_model.vision_tower:
+        raise ValueError(
+            "Both models must hold the same vision tower, as after a swap of the language model alone. After a swap of the "
+            "tower its tokens are aligned and distilled instead; to swap both, do one after the other."
+        )
+
+
+def _questions(texts: Sequence[str] | None) -> list[str]:
+    questions = list(QUESTIONS) if texts is None else texts
+    if isinstance(questions, str) or not questions or not all(isinstance(question, str) for question in questions):
+        raise ValueError(
+            "texts must be a list of questions, at least one, each a string. Leave it out for plain ones."
+        )
+    return list(questions)
+
+
+def _ask(
+    cached: CachedPictures,
+    source: Pictures,
+    questions: Sequence[str],
+    max_new_tokens: int,
+    until: float,
+    seed: int,
+    bar: Progress,
+) -> list[TeacherAnswer]:
+    """The old model's answers, about each picture one; as many as there is time for, at least one batch."""
+    teacher = Teacher(cached, max_new_tokens)
+    task = bar.add_task("The old model answers", total=source.num_pictures, note="")
+    lessons: list[TeacherAnswer] = []
+    for batch in source.batches(ANSWER_BATCH_SIZE):
+        indices = cached.add([picture for _, picture in batch])
+        lessons += teacher.answer(indices, [questions[index % len(questions)] for index in indices])
+        bar.update(task, completed=len(lessons))
+        if time.monotonic() > until:
+            break
+    bar.update(task, total=len(lessons))
+    empty = sum(not lesson.answer for lesson in lessons)
+    if empty == len(lessons):
+        raise ValueError(
+            "The old model answers nothing to these questions. Pass texts=… that it was trained to answer."
+        )
+    return [lesson for lesson in lessons if lesson.answer]
+
+
+def _split(lessons: list[TeacherAnswer], seed: int) -> tuple[list[TeacherAnswer], list[TeacherAnswer]]:
+    """Held-out ones, and those to train on."""
+    if len(lessons) < 2:
+        raise ValueError("Teaching needs at least two pictures, one of them held out. Give more.")
+    order = random.Random(seed).sample(lessons, len(lessons))
+    count = min(MAX_HELD_OUT, max(1, round(HELD_OUT_SHARE * len(lessons))))
+    return order[:count], order[count:]
+
+
+@dataclass
+class _Limits:
+    """When training ends."""
+
+    seconds: float | None
+    steps: int | None
+    started: float
+
+    def progress(self, step: int, first_step: float) -> float:
+        """From 0 at the first step to 1 at the end."""
+        by_steps = 0.0 if self.steps is None else step / max(self.steps, 1) if self.steps else 1.0
+        if self.seconds is None:
+            return by_steps
+        end = self.started + self.seconds
+        return max(by_steps, (time.monotonic() - first_step) / max(end - first_step, 1e-3))
+
+
+class _Run:
+    """The training itself; keeps the projector that was best on held-out pictures."""
+
+    def __init__(self, student, lessons, held_out, parameters, limits, learning_rate, batch_size, seed):
+        self.student, self.lessons, self.held_out = student, lessons, held_out
+        self.parameters, self.limits = parameters, limits
+        self.learning_rate, self.batch_size = learning_rate, batch_size
+        self.chance = random.Random(seed)
+        self.optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+        self.step, self.queue = 0, []
+        self.losses: list[list[float]] = []
+        self.held_out_losses: list[list[float]] = []
+
+    def measure(self) -> dict[str, float]:
+        """On held-out pictures: how often the old answer is given, and the loss of its words."""
+        return self.student.measure(self.held_out, self.batch_size)
+
+    def train(self, bar: Progress) -> bool:
+        """Train to the end; `True` if interrupted. The best projector is in place afterwards."""
+        self.first = self._keep_if_better(math.inf)
+        first_step, evaluated, interrupted = time.monotonic(), 0, False
+        task = bar.add_task("Teaching", total=1.0, note="")
+        try:
+            while (progress := self.limits.progress(self.step, first_step)) < 1:
+                loss = self._train_step(progress)
+                self.step += 1
+                if self.step == 1 or self.step % 10 == 0:
+                    self.losses.append([self.step, loss])
+                    bar.update(task, completed=progress, note=f"loss {loss:.3f}")
+                if progress * EVALUATIONS >= evaluated + 1:
+                    evaluated += 1
+                    self._keep_if_better(self.best[0])
+            if self.step:
+                self._keep_if_better(self.best[0])
+        except KeyboardInterrupt:
+            interrupted = True
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, self.best[1]):
+                parameter.copy_(value)
+        bar.update(task, completed=1.0)
+        return interrupted
+
+    def _keep_if_better(self, best: float) -> dict[str, float]:
+        measured = self.measure()
+        self.held_out_losses.append([self.step, measured["held_out_loss"]])
+        if measured["held_out_loss"] < best:
+            self.best = (measured["held_out_loss"], [parameter.detach().clone() for parameter in self.parameters])
+        return measured
+
+    def _train_step(self, progress: float) -> float:
+        warm = min(1.0, (self.step + 1) / WARM_UP_STEPS)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        if len(self.queue) < self.batch_size:
+            self.queue += self.chance.sample(self.lessons, len(self.lessons))
+        batch, self.queue = self.queue[: self.batch_size], self.queue[self.batch_size :]
+        loss = self.student.loss(batch, [self._drawn(lesson) for lesson in batch])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss.detach())
+
+    def _drawn(self, lesson: TeacherAnswer) -> str:
+        """An answer, drawn by the old model's own probabilities: in the mean the student learns all of them."""
+        return self.chance.choices(list(lesson.probabilities), list(lesson.probabilities.values()))[0]
+
+
+@contextmanager
+def _only_projector_trained(old_model, new_model):
+    """Only the new projector requires gradients and everything is in eval mode; all is as before afterwards.
+
+    Gives the projector's parameters.
+    """
+    models = (old_model, new_model)
+    required = {parameter: parameter.requires_grad for model in models for parameter in model.parameters()}
+    training = {module: module.training for model in models for module in model.modules()}
+    try:
+        for model in models:
+            model.requires_grad_(False).eval()
+        new_model.multi_modal_projector.requires_grad_(True)
+        parameters = list(new_model.multi_modal_projector.parameters())
+        if not parameters:
+            raise ValueError("This model's projector has no parameters, so there is nothing to teach.")
+        yield parameters
+    finally:
+        for parameter, value in required.items():
+            parameter.requires_grad_(value)
+            parameter.grad = None
+        for module, value in training.items():
+            module.training = value
+
+
+def _bar(shown: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        disable=not shown,
+    )
