@@ -131,17 +131,14 @@ def _draw_alignment(axes: Any, alignment: dict | None) -> None:
     # A candidate may be worse than the mean by any amount; how much worse does not matter, so it stands at the edge.
     lowest = max(min(*values, 0.0, 1.0), -0.25)
     positive = [entry for entry in candidates if (entry.get("regularisation") or 0) > 0]
-    targets = dict.fromkeys(entry.get("target") for entry in candidates)
-    for target, marker, style in zip(targets, "os^D", ("-", "--", ":", "-.")):
-        points = sorted(
-            (entry["regularisation"], max(entry["explained_variance"], lowest))
-            for entry in positive
-            if entry.get("target") == target
-        )
-        if points:
-            axes.plot(
-                *zip(*points), marker=marker, linestyle=style, markersize=4.5, label=_TARGETS.get(target, target)
-            )
+    curves: dict[str, list] = {}
+    for entry in positive:
+        curves.setdefault(_way(entry), []).append((entry["regularisation"], max(entry["explained_variance"], lowest)))
+    if candidates and len(curves) in (0, len(positive)):
+        _draw_ways(axes, candidates, alignment, lowest)
+        return
+    for (way, points), marker, style in zip(curves.items(), "os^Dvp", ("-", "--", ":", "-.", "-", "--")):
+        axes.plot(*zip(*sorted(points)), marker=marker, linestyle=style, markersize=4.5, label=way)
     chosen = alignment.get("regularisation")
     if explained is not None:
         label = f"chosen: {100 * explained:.1f} %"
@@ -156,8 +153,44 @@ def _draw_alignment(axes: Any, alignment: dict | None) -> None:
     axes.axhline(0, color=_GREY, linewidth=0.8)
     axes.set_xlabel("regularisation")
     axes.grid(alpha=0.3)
-    title = f"{alignment.get('pictures')} pictures, {alignment.get('held_out_pictures')} held out; fitted to:"
-    axes.legend(fontsize=8.5, title=title, title_fontsize=8.5)
+    axes.legend(fontsize=8.5, title=f"{_pictures(alignment)}; fitted to:", title_fontsize=8.5)
+
+
+def _draw_ways(axes: Any, candidates: list[dict], alignment: dict, lowest: float) -> None:
+    """A bar for each way that was tried, where each has one regularisation."""
+    ways = sorted(candidates, key=lambda entry: -entry["explained_variance"])[:_MOST_PARTS]
+    for row, entry in enumerate(ways):
+        explained = entry["explained_variance"]
+        chosen = explained == alignment.get("explained_variance")
+        colour = _AFTER if chosen else _BEFORE
+        axes.barh(row, max(explained, lowest), height=0.35, color=colour)
+        regularisation = entry.get("regularisation")
+        axes.text(0.01, row - 0.23, _cut(_way(entry), 58), va="bottom", fontsize=9)
+        number = f"{100 * explained:.1f} %{'  chosen' if chosen else ''}"
+        number += "" if regularisation is None else f"  (λ {regularisation:.2g})"
+        # Beside the bar, or in it where there is no room.
+        inside = explained > 0.7
+        place = {"ha": "right", "color": "white"} if inside else {"ha": "left", "color": colour}
+        axes.text(max(explained, 0) + (-0.02 if inside else 0.02), row, number, va="center", fontsize=9, **place)
+    axes.set_ylim(max(len(ways), 4) - 0.4, -0.8)
+    axes.set_xlim(lowest, 1)
+    axes.axvline(0, color=_GREY, linewidth=0.8)
+    axes.set_yticks([])
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(f"{_pictures(alignment)}; λ: regularisation")
+
+
+def _way(entry: dict) -> str:
+    """What was fitted, to what, and how."""
+    drawn_to = entry.get("drawn_to")
+    return f"to {_TARGETS.get(entry.get('target'), entry.get('target'))}" + (
+        f", drawn to {drawn_to}" if drawn_to else ""
+    )
+
+
+def _pictures(alignment: dict) -> str:
+    return f"{alignment.get('pictures', 'no')} pictures, {alignment.get('held_out_pictures', 'none')} held out"
 
 
 def _draw_gap(figure: Any, place: Any, gap: dict | None) -> None:

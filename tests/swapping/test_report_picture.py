@@ -33,6 +33,22 @@ def many_parts():
     ]
 
 
+def two_ways(best=0.37):
+    """As `align` gives them."""
+    ways = [
+        ("features", "zero", 0.01, 0.086),
+        ("tokens", "the last layer", 0.032, best),
+        ("tokens", "zero", 1e-6, -8.0),
+    ]
+    keys = ("target", "drawn_to", "regularisation", "explained_variance")
+    return {
+        "pictures": 60,
+        "held_out_pictures": 12,
+        "explained_variance": best,
+        "candidates": [dict(zip(keys, way)) for way in ways],
+    }
+
+
 CASES = {
     "all": lambda: a_report(modality_gap=gap(8)),
     "no pictures": lambda: a_report(alignment=None, distillation=None),
@@ -42,6 +58,8 @@ CASES = {
     "distilled into another": lambda: a_report(swapped="text", modality_gap=gap(12)),
     "many parts": lambda: a_report(parts=many_parts()),
     "one candidate, very bad": lambda: a_report(alignment={"explained_variance": -9.0, "regularisation": 0.1}),
+    "one regularisation for each way": lambda: a_report(alignment=two_ways()),
+    "two good ways": lambda: a_report(alignment=two_ways(0.99)),
     "long names": lambda: a_report(old="Old" * 60, new="New " * 60, distillation=None),
 }
 
@@ -86,3 +104,9 @@ def test_many_parts_are_taken_together_and_none_is_lost():
 def test_without_pictures_it_says_so():
     words = " ".join(text.get_text() for text in drawn(a_report(alignment=None))[1])
     assert "No pictures were given" in words
+
+
+def test_the_way_that_was_chosen_is_marked_among_those_tried():
+    words = [text.get_text() for text in drawn(a_report(alignment=two_ways()))[1]]
+    assert {"37.0 %  chosen  (λ 0.032)", "8.6 %  (λ 0.01)", "-800.0 %  (λ 1e-06)"} <= set(words)
+    assert any(word.startswith("to the old tower's features, drawn to zero") for word in words)
