@@ -24,7 +24,14 @@ from ..cli_options import (
 from .running import calm_transformers, load_composed, naming, progress
 
 
-_STYLES = {"kept": "green", "replaced": "blue", "solved": "cyan", "trained": "yellow", "initialised": "bold red"}
+_STYLES = {
+    "kept": "green",
+    "replaced": "blue",
+    "resized": "magenta",
+    "solved": "cyan",
+    "trained": "yellow",
+    "initialised": "bold red",
+}
 
 
 class ImageTokens(str, Enum):
@@ -49,8 +56,13 @@ def swap(
         typer.Option(help="A file of questions, one in a line, that the old language model answers for the new one."),
     ] = None,
     seconds: Annotated[
-        float, typer.Option(min=0, help="Longest training without labels, where there are pictures.")
-    ] = 60,
+        float | None,
+        typer.Option(min=0, help="Longest training without labels. Default: 60 for a tower, 90 for a language model."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=0, help="Most steps of it; alone, the same on a machine of any speed.")
+    ] = None,
+    num_pictures: Annotated[int | None, typer.Option(min=2, help="Look at so many pictures at most.")] = None,
     no_distillation: Annotated[
         bool, typer.Option("--no-distillation", help="No gradient step: the closed form alone.")
     ] = False,
@@ -61,7 +73,16 @@ def swap(
         str | None, typer.Option(help="Another projector, of which nothing is kept: a name, or JSON.")
     ] = None,
     image_size: ImageSizeOption = None,
+    patch_size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels of a patch's edge, for the model's own tower.")
+    ] = None,
     views: ViewsOption = None,
+    vision_feature_layer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NUMBER|last|best", help="Layer of the new tower that is read. Default: with pictures the best."
+        ),
+    ] = None,
     vision_fusion: VisionFusionOption = VisionFusion.channel,
     image_processor: Annotated[
         str | None, typer.Option(help="Another image processor than the new tower's: a Hub id or a folder.")
@@ -77,18 +98,26 @@ def swap(
 ) -> None:
     """Put another vision tower or language model into a trained model, and keep most of what it knew.
 
+    Without either, --image-size, --patch-size or --views make the model's own tower one for other pictures.
+
     What need not change stays bit for bit. With pictures, without labels, the projector is solved for and then trained for
     a short time to give what the old model gives. Beside the checkpoint stand a report of what was kept, solved and
     initialised (text, JSON, a picture), and a recipe of what to train next.
 
-    The source is only read. The result takes its name when it is whole: stopped at any moment, nothing is left behind.
+    The source is only read. The result takes its name when it is whole: stopped at any moment, nothing half is there. Only
+    while it trains does Ctrl-C mean that it has trained enough.
 
     Example: anyvlm swap my-vlm --vision microsoft/resnet-50 --images photos --output my-swapped-vlm
 
     Example: anyvlm swap my-vlm --text HuggingFaceTB/SmolLM2-135M-Instruct --images photos --texts questions.txt -o swapped
     """
-    arguments = _arguments(vision, text, images, texts, seconds, no_distillation)
-    arguments |= {
+    if not vision and text is None and image_size is None and patch_size is None and views is None:
+        raise typer.BadParameter("Nothing to swap: give --vision or --text, or --image-size for the same tower.")
+    arguments = {
+        "vision": towers_of(vision[0], vision[1:]) if vision else None,
+        "text": text,
+        "patch_size": patch_size,
+        "vision_feature_layer": _layer(vision_feature_layer),
         "image_tokens": image_tokens.value,
         "projector": None if projector is None else name_or_json(projector),
         "image_size": image_size_of(image_size),
@@ -98,6 +127,7 @@ def swap(
         "tokenizer": tokenizer,
         "trust_remote_code": trust_remote_code,
         "seed": seed,
+        **_learning(images, texts, 0 if no_distillation else seconds, steps, num_pictures),
     }
     read = [source, *(vision or []), text, images, texts, image_processor, tokenizer]
     _check_output(output, [str(path) for path in read if path is not None], overwrite)
@@ -110,7 +140,8 @@ def swap(
         with progress.status(f"Loading {source}…"), naming(source):
             model, processor = load_composed(source, trust_remote_code, None if dtype is Dtype.auto else dtype.value)
         # No status here: what takes long shows bars of its own.
-        progress.print(f"Swapping in {' and '.join([*(vision or []), *([text] if text else [])])}…", markup=False)
+        new = " and ".join([*(vision or []), *([text] if text else [])]) or "the same tower for other pictures"
+        progress.print(f"Swapping in {new}…", markup=False, highlight=False)
         with naming(*(vision or []), text, image_processor, tokenizer):
             model, processor, report = swap_part(model, processor, **arguments)
         report.recipe = recipe_after(report, model, checkpoint=str(output))
@@ -123,32 +154,37 @@ def swap(
     typer.echo(f"Saved to {output}, with {', '.join(names)}")
 
 
-def _arguments(
-    vision: list[str] | None,
-    text: str | None,
-    images: Path | None,
-    texts: Path | None,
-    seconds: float,
-    no_distillation: bool,
+def _layer(text: str | None) -> int | str | None:
+    if text is None or text in ("last", "best"):
+        return text
+    try:
+        return int(text)
+    except ValueError as error:
+        hint = "'--vision-feature-layer'"
+        raise typer.BadParameter(f"{text!r} is no number of a layer, nor last or best.", param_hint=hint) from error
+
+
+def _learning(
+    images: Path | None, texts: Path | None, seconds: float | None, steps: int | None, num_pictures: int | None
 ) -> dict[str, Any]:
-    """What is swapped, and what with."""
-    if not vision and text is None:
-        raise typer.BadParameter("Nothing to swap: give --vision or --text.")
-    if texts is not None and images is None:
-        raise typer.BadParameter("Questions are about pictures: give --images too.", param_hint="'--texts'")
-    arguments: dict[str, Any] = {"vision": towers_of(vision[0], vision[1:]) if vision else None, "text": text}
-    if images is not None:
-        if not images.is_dir():
-            raise typer.BadParameter(f"{images} is no folder.", param_hint="'--images'")
-        arguments |= {"images": str(images), "seconds": 0 if no_distillation else seconds}
+    """What to learn from, and for how long."""
+    options = {"--texts": texts, "--seconds": seconds, "--steps": steps, "--num-pictures": num_pictures}
+    given = [name for name, value in options.items() if value]
+    if images is None:
+        if given:
+            raise typer.BadParameter(f"{', '.join(given)} say how to learn from pictures; give --images too.")
+        return {}
+    if not images.is_dir():
+        raise typer.BadParameter(f"{images} is no folder.", param_hint="'--images'")
+    learning = {"images": str(images), "seconds": seconds, "steps": steps, "num_pictures": num_pictures}
     if texts is not None:
         if not texts.is_file():
             raise typer.BadParameter(f"{texts} is no file.", param_hint="'--texts'")
         questions = [line.strip() for line in texts.read_text("utf-8").splitlines()]
-        arguments["texts"] = [question for question in questions if question]
-        if not arguments["texts"]:
+        learning["texts"] = [question for question in questions if question]
+        if not learning["texts"]:
             raise typer.BadParameter(f"{texts} has no line with words.", param_hint="'--texts'")
-    return arguments
+    return learning
 
 
 def _check_output(output: Path, read: list[str], overwrite: bool) -> None:

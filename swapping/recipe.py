@@ -31,7 +31,7 @@ LORA_FROM = 1e9
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear"}
 LAYER_DECAY = 0.9
 
-_NEW = ("initialised", "solved", "trained")
+_NEW = ("initialised", "resized", "solved", "trained")
 #: Between the towers and the language model.
 _BRIDGE = ("multi_modal_projector", "audio_projector", "image_newline", "fusion")
 _TOWERS = {"vision": "vision_tower", "audio": "audio_tower"}
@@ -116,7 +116,7 @@ def _stages_of_tower(report: SwapReport, model: nn.Module) -> list[dict]:
     )
     model_part, how = _language_model(model, halved=True)
     return [
-        *([_first_stage(new, "the tower and the language model")] if new else []),
+        *([_first_stage(new)] if new else []),
         _stage(
             "tower",
             {**_bridge(model, model_part["learning_rate"]), tower: tower_part},
@@ -143,7 +143,7 @@ def _stages_of_language_model(report: SwapReport, model: nn.Module, replaced: se
         else "The tower was kept and stays frozen: tuned along, a pretrained tower loses more than it gains (Prismatic)."
     )
     stages = [
-        *([_first_stage(new, "the tower and the new language model")] if new else []),
+        *([_first_stage(new)] if new else []),
         _stage(
             "language model",
             parts,
@@ -158,11 +158,12 @@ def _stages_of_language_model(report: SwapReport, model: nn.Module, replaced: se
     return stages
 
 
-def _first_stage(new: list[_New], sides: str) -> dict:
+def _first_stage(new: list[_New]) -> dict:
     only_good = all(part.rate <= GOOD_PROJECTOR for part in new)
-    why = f"Only what the swap made, between {sides}, which stay as they are. " + " ".join(part.why for part in new)
+    why = "Only what the swap made; the rest stays as it is. " + " ".join(part.why for part in new)
+    name = "projector" if any(part.name.split(".", 1)[0] in _BRIDGE for part in new) else "what was resized"
     # Pictures with captions are enough, as in the first stage of LLaVA.
-    return _stage("projector", {part.name: _part(part.rate) for part in new}, why, epochs=0.5 if only_good else 1)
+    return _stage(name, {part.name: _part(part.rate) for part in new}, why, epochs=0.5 if only_good else 1)
 
 
 def _stage(name: str, parts: dict[str, dict], why: str, epochs: float = 1) -> dict[str, Any]:

@@ -243,13 +243,13 @@ def _gap_lines(gap: dict[str, Any]) -> list[str]:
 def _distillation_lines(distillation: dict[str, Any]) -> list[str]:
     losses = distillation.get("losses") or []
     fall = f": loss {_number(losses[0][1])} -> {_number(losses[-1][1])}" if losses else ""
-    lines = [f"{distillation.get('steps')} steps, {_number(distillation.get('seconds'))} s, no labels{fall}"]
-    agreement = distillation.get("agreement")
-    if agreement:
-        lines.append(
-            f"agreement with the old model on held-out pictures {percent(agreement.get('before'))} -> "
-            f"{percent(agreement.get('after'))}"
-        )
+    ended = ", interrupted" if distillation.get("interrupted") else ""
+    lines = [f"{distillation.get('steps')} steps{ended}, {_number(distillation.get('seconds'))} s, no labels{fall}"]
+    agreement = distillation.get("agreement") or {}
+    # What another language model starts from may be better than what the swap left.
+    told = [percent(agreement[when]) for when in ("before", "started", "after") if agreement.get(when) is not None]
+    if told:
+        lines.append(f"agreement with the old model on held-out pictures {' -> '.join(told)}")
     return lines
 
 

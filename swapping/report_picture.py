@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 COLOURS = {
     "kept": "#009E73",
     "replaced": "#0072B2",
+    "resized": "#CC79A7",
     "solved": "#56B4E9",
     "trained": "#E69F00",
     "initialised": "#D55E00",

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from test_checkpoint import check_three_generations
+from test_checkpoint import load_in_fresh_process, save_with_answers
 from tiny_parts import compose, text_config, tiny_tokenizer, vision_config
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor
 
@@ -69,8 +69,12 @@ class TestWhatIsWritten:
             assert all(torch.equal(tensor, expected[key]) for key, tensor in part.state_dict().items())
 
     def test_it_loads_in_a_fresh_process_without_the_package(self, swapped, tmp_path):
-        model = AutoModelForCausalLM.from_pretrained(swapped)
-        check_three_generations(model, AutoProcessor.from_pretrained(swapped), tmp_path)
+        model, processor = (kind.from_pretrained(swapped) for kind in (AutoModelForCausalLM, AutoProcessor))
+        result = load_in_fresh_process(
+            swapped, save_with_answers(model, processor, tmp_path / "again"), tmp_path / "copy"
+        )
+        assert set(result["differences"].values()) == {0.0} and set(result["generation_equal"].values()) == {True}
+        assert result["processor_module"].startswith("transformers_modules.")
 
     def test_report_and_recipe_stand_beside_it(self, swapped):
         report = SwapReport.load(swapped)
@@ -111,6 +115,14 @@ class TestWhatIsWritten:
         for word in ("multi_modal_projector", "replaced", "Dinov2Model", "kept", "train next"):
             assert word in plain
 
+    def test_the_same_tower_for_other_pictures(self, capsys, folders, tmp_path):
+        code, out, err = run(
+            capsys, folders / "source", "--patch-size", 4, "--image-tokens", "own", "-o", tmp_path / "new"
+        )
+        assert code == 0, err
+        assert "resized" in out and "before the swap 16" in out
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "new").config.vision_config.patch_size == 4
+
     def test_overwrite_takes_the_place_of_a_checkpoint(self, capsys, folders, tmp_path):
         (tmp_path / "old").mkdir()
         for name in ("config.json", "left_over.bin"):
@@ -134,7 +146,8 @@ class TestArguments:
         files = ["--images", folders / "images", "--texts", tmp_path / "questions.txt", "-o", tmp_path / "new"]
         joined = ["--projector", '{"type": "mlp", "num_layers": 3}', "--views", "tiles", "--image-size", "16x32"]
         parts = ["--vision", "a", "--vision", "b", "--vision-fusion", "token", "--text", "c", "--tokenizer", "d"]
-        rest = ["--image-tokens", "own", "--image-processor", "e", "--seed", 7, "--seconds", 5, "--trust-remote-code"]
+        rest = ["--image-tokens", "own", "--image-processor", "e", "--seed", 7, "--trust-remote-code"]
+        rest += ["--seconds", 5, "--steps", 9, "--num-pictures", 3, "--patch-size", 4, "--vision-feature-layer", -2]
         code, _, err = run(capsys, folders / "source", *files, *joined, *parts, *rest)
         assert code == 0, err
         assert seen == {
@@ -143,6 +156,10 @@ class TestArguments:
             "images": str(folders / "images"),
             "texts": ["What is it?", "Which colour?"],
             "seconds": 5,
+            "steps": 9,
+            "num_pictures": 3,
+            "patch_size": 4,
+            "vision_feature_layer": -2,
             "projector": {"type": "mlp", "num_layers": 3},
             "image_processor": "e",
             "tokenizer": "d",
@@ -155,7 +172,8 @@ class TestArguments:
         }
         arguments = ["--vision", "a", "--images", folders / "images", "--no-distillation", "-o", tmp_path / "other"]
         assert run(capsys, folders / "source", *arguments)[0] == 0
-        assert seen["seconds"] == 0 and seen["image_tokens"] == "keep" and seen["vision"] == "a"
+        assert seen["seconds"] == 0 and seen["steps"] is seen["vision_feature_layer"] is None
+        assert seen["image_tokens"] == "keep" and seen["vision"] == "a"
 
     def bad_input(self, folders, tmp_path):
         """Name -> (arguments, exit code, words that the message must have)."""
@@ -178,6 +196,8 @@ class TestArguments:
             "output is a file": ([source, "--vision", tower, "-o", tmp_path / "file"], 2, "is a file"),
             "no such images": ([source, "--vision", tower, "--images", tmp_path / "no", *output], 2, "no folder"),
             "texts alone": ([source, "--text", tower, "--texts", tmp_path / "file", *output], 2, "--images"),
+            "seconds alone": ([source, "--vision", tower, "--seconds", 5, *output], 2, "--images"),
+            "layer": ([source, "--vision", tower, "--vision-feature-layer", "first", *output], 2, "last or best"),
             "image tokens": ([source, "--vision", tower, "--image-tokens", "few", *output], 2, "keep"),
             "size": ([source, "--vision", tower, "--image-size", "big", *output], 2, "32x64"),
             "projector": ([source, "--vision", tower, "--projector", "magic", *output], 1, "mlp"),

@@ -8,7 +8,8 @@ from matplotlib.text import Text
 from test_report import a_report
 
 from anyvlm.swapping.modality_gap import modality_gap_change
-from anyvlm.swapping.report_picture import report_figure
+from anyvlm.swapping.report import CHANGES
+from anyvlm.swapping.report_picture import COLOURS, report_figure
 
 
 def tokens(number, width, offset):
@@ -29,7 +30,7 @@ def many_parts():
             "parameters": 10 ** (i % 7),
             "note": "",
         }
-        for i, what in zip(range(30), itertools.cycle(["kept", "replaced", "solved", "trained", "initialised"]))
+        for i, what in zip(range(30), itertools.cycle(CHANGES))
     ]
 
 
@@ -98,7 +99,7 @@ def test_it_names_every_part_and_what_became_of_it():
 
 def test_many_parts_are_taken_together_and_none_is_lost():
     words = " ".join(text.get_text() for text in drawn(a_report(parts=many_parts()))[1])
-    assert words.count("further parts") == 5
+    assert words.count("further parts") == len(CHANGES)
 
 
 def test_without_pictures_it_says_so():
@@ -110,3 +111,7 @@ def test_the_way_that_was_chosen_is_marked_among_those_tried():
     words = [text.get_text() for text in drawn(a_report(alignment=two_ways()))[1]]
     assert {"37.0 %  chosen  (λ 0.032)", "8.6 %  (λ 0.01)", "-800.0 %  (λ 1e-06)"} <= set(words)
     assert any(word.startswith("to the old tower's features, drawn to zero") for word in words)
+
+
+def test_every_change_has_a_colour_of_its_own():
+    assert COLOURS.keys() == CHANGES.keys() and len(set(COLOURS.values())) == len(CHANGES)
