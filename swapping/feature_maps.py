@@ -65,7 +65,7 @@ def mapped_config(core: nn.Module, config: dict, in_features: int, grid: Grid | 
         mapped["aligned_features"] = config["in_features"]
     elif config["type"] == "mlp" and not isinstance(config.get("hidden_features"), (list, tuple)):
         # What is left out follows from the widths of the ends.
-        mapped["hidden_features"] = [layer.out_features for layer in core.layers[:-1]]
+        mapped["hidden_features"] = [layer.in_features for layer in core.layers[1:]]
     if grid is not None:
         mapped["aligned_grid"] = list(grid)
     return mapped
@@ -79,11 +79,12 @@ def mapped_projector(
 
     Args:
         core, config: The core and its config; neither is changed, and no tensor of it is shared.
-        weight, bias: `(core's in_features, new in_features)` and `(core's in_features,)`, of any floating dtype.
+        weight, bias: `(core's in_features, new in_features)` and `(core's in_features,)`, of any floating dtype; the
+            projector has that of the core, or for one without tensors of its own fp32 at most.
         grid: Grid that features are brought to first, or `None`. A linear map and this commute.
     """
     new_config = mapped_config(core, config, weight.shape[1], grid)
-    like = next(core.parameters(), weight)
+    like = next(core.parameters(), weight if weight.dtype.itemsize < 4 else weight.float())
     projector = build_projector(new_config).to(like.device, like.dtype)
     new_core = core_projector(projector)
     kept = dict(core.state_dict())
