@@ -32,7 +32,8 @@ class ComposedModel(ModelUnderTest):
         change = (first - second)[0].abs().amax(-1)
         require(change[after:].min() > 1e-3, "text after the picture does not see it")
         # Experts round differently for other numbers of tokens; a leak would be as large as what comes after.
-        require(change[:before].max() < 1e-5, "text before the picture sees it")
+        if self.model.config.image_attention != "prefix":
+            require(change[:before].max() < 1e-5, "text before the picture sees it")
 
     def check_gradients(self) -> None:
         """Every part gets gradients, and with gradient checkpointing the same ones; frozen parts get none."""

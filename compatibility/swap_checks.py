@@ -12,6 +12,7 @@ import torch
 
 from ..composition.errors import CompositionError
 from ..configuration.image_views import has_newline
+from ..modeling.fused_vision_towers import FusedVisionTowers
 from ..swapping.feature_maps import core_projector, foldable_layer
 from ..swapping.scaled_views import scaled_views
 from ..swapping.vision_swap import swap_vision_tower
@@ -89,13 +90,19 @@ class TrainedModel(ComposedModel):
         )
 
 
-class SwappedModel(ComposedModel):
-    """What a swap made of a trained model, with the checks of any composed model."""
+class TestedModel(ComposedModel):
+    """A model as it is, with the checks of any composed model."""
 
-    def __init__(self, old: ComposedModel, model, processor):
-        self.bare_language_model = old.bare_language_model
-        self.new_tokens, self.picture_size = old.new_tokens, old.picture_size
-        self.model, self.processor = model, processor
+    __test__ = False  # no test of pytest
+
+    def __init__(self, model, processor, new_tokens: int = 3, picture_size: tuple[int, int] = (50, 40)):
+        self.model, self.processor, self.bare_language_model = model, processor, model.language_model
+        self.new_tokens, self.picture_size = new_tokens, picture_size
+
+    def inputs(self, texts: list[str], pictures: list, **kwargs):
+        return super().inputs(
+            [text.replace("<image>", self.processor.image_token) for text in texts], pictures, **kwargs
+        )
 
 
 class Swap:
@@ -118,13 +125,15 @@ class Swap:
         self.had_logits = old.logits(old.one_picture())
         self.had_text_logits = old.logits(self._text())
         self.arguments = arguments
-        self.new = SwappedModel(
-            old, *swap_vision_tower(old.model, old.processor, tower, image_size=image_size, **arguments)
-        )
+        swapped = swap_vision_tower(old.model, old.processor, tower, image_size=image_size, **arguments)
+        self.new = self._tested(*swapped)
 
     @property
     def has_new_projector(self) -> bool:
         return "projector" in self.arguments
+
+    def _tested(self, model, processor) -> TestedModel:
+        return TestedModel(model, processor, self.old.new_tokens, self.old.picture_size)
 
     def _old_settings(self) -> tuple[dict, dict]:
         return copy.deepcopy((self.old.model.config.to_dict(), self.old.processor.to_dict()))
@@ -171,7 +180,7 @@ class Swap:
     @staticmethod
     def _num_tokens(tested: ComposedModel, size: tuple[int, int]) -> int:
         """Tokens that the model makes of a picture, which are those that the processor counts."""
-        inputs = tested.processor(text="<image>", images=[picture(0, size)], return_tensors="pt")
+        inputs = tested.inputs(["<image>"], [picture(0, size)])
         tokens = tested.model.get_image_features(**tested.image_inputs(inputs)).pooler_output
         require(len(tokens) == 1, f"one picture gives tokens of {len(tokens)}")
         placeholders = int((inputs["input_ids"] == tested.model.config.image_token_id).sum())
@@ -187,7 +196,8 @@ class Swap:
         specs = [each.model.config.vision_tower_spec for each in (self.old, self.new)]
         one_view = all(each.model.config.image_views is None for each in (self.old, self.new))
         has_grid = all(spec["grid"][0] > 1 or spec["grid"][1] == 1 for spec in specs)
-        return one_view and has_grid and not any(spec["any_size"] for spec in specs) and not self.has_new_projector
+        chosen = self.has_new_projector or self.arguments.get("image_tokens") == "own"
+        return one_view and has_grid and not any(spec["any_size"] for spec in specs) and not chosen
 
     def check_text(self) -> None:
         found = self.new.logits(self._text())
@@ -204,25 +214,34 @@ class Swap:
         old = self.old.model.config
         spec = old.vision_tower_spec
         size = None if spec["any_size"] else tuple(spec["image_size"])
-        chosen: dict[str, Any] = {}
+        image_processor = self.old.processor.image_processor
+        chosen = {"image_tokens": self.arguments.get("image_tokens", "keep")}
         if self.has_new_projector:
             chosen["projector"] = old.projector_config
         if "views" in self.arguments:
             chosen["views"] = scaled_views(old.image_views, spec["image_size"], spec["image_size"]) or "resize"
-        again = SwappedModel(
-            self.old,
+        tower = self.old.model.vision_tower
+        if isinstance(tower, FusedVisionTowers):
+            chosen["vision_fusion"] = tower.config.vision_fusion
+            chosen["vision_feature_layer"] = tower.config.vision_feature_layers
+            tower, image_processor, size = tuple(tower.towers), image_processor.image_processors, None
+        else:
+            chosen["vision_feature_layer"] = old.vision_feature_layer
+            chosen["vision_feature_select_strategy"] = old.vision_feature_select_strategy
+        again = self._tested(
             *swap_vision_tower(
                 self.new.model,
                 self.new.processor,
-                self.old.model.vision_tower,
-                image_processor=self.old.processor.image_processor,
+                tower,
+                image_processor=image_processor,
                 image_size=size,
                 **chosen,
-            ),
+            )
         )
         again.check_forward_is_finite()
         again.check_picture_changes_logits()
-        if not self.has_new_projector and not self.changed_projector_tensors():
+        had_map = "aligned_features" in old.projector_config
+        if not (self.has_new_projector or had_map or self.changed_projector_tensors()):
             found, expected = again.logits(again.one_picture()), self.had_logits
             require(found.shape == expected.shape, f"{found.shape[1]} tokens, before {expected.shape[1]}")
             require(

@@ -47,9 +47,22 @@ def same_projector(projector_config: dict, expected: dict[str, Any]) -> list[tup
     if projector_config["type"] != expected["type"]:
         return [(False, f"its projector is {expected['type']!r}, not {projector_config['type']!r}")]
     found = projector_arguments(projector_config)
+    grid, width = projector_config.get("aligned_grid"), projector_config.get("aligned_features")
+    aligned = [
+        (
+            grid is None,
+            f"its projector takes features as the tower gives them, without bringing them to a grid of "
+            f'{"x".join(map(str, grid or ()))} first (swap with image_tokens="own")',
+        ),
+        (
+            width is None,
+            f"its projector takes features as the tower gives them, without mapping them to a width of {width} first",
+        ),
+    ]
+    found = {name: value for name, value in found.items() if name not in ("aligned_grid", "aligned_features")}
     fixed = {name: value for name, value in expected.items() if value is not FREE}
     wanted = projector_arguments({**fixed, **{name: found[name] for name in _WIDTHS}})
-    return [
+    return aligned + [
         (
             expected.get(name) is FREE or found[name] == wanted.get(name),
             f"its projector has {name} {wanted.get(name)!r}",
