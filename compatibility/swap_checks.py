@@ -308,7 +308,7 @@ def _find_way_out(result: PairResult, old: ComposedModel, tower, new_type: str) 
         except CompositionError:
             continue
         result.details["works_with"] = name
-        missing = [word for word in arguments if word not in result.reason]
+        missing = [word for word in arguments if word not in result.reason.lower()]
         if missing:
             result.failed["builds"] = f"{result.reason} (It works with another {name}, which this does not say.)"
         result.failed |= _run_checks(swap, fresh=False)

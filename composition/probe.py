@@ -6,6 +6,7 @@ on the meta device, take one small real run.
 """
 
 import contextlib
+import copy
 import inspect
 import logging
 import math
@@ -232,7 +233,8 @@ def _run(vision_tower, image_size, layer, name) -> tuple[dict, list[torch.Tensor
     towers = [vision_tower]
     if not PICTURE_INPUTS[candidates[0]["inputs"]].is_patches:  # grids are read as numbers, which meta does not have
         with contextlib.suppress(Exception), torch.device("meta"):  # whatever fails there only means to run for real
-            towers.insert(0, build_vision_tower(vision_tower.config).eval())
+            # A copy: building a levit writes into its config.
+            towers.insert(0, build_vision_tower(copy.deepcopy(vision_tower.config)).eval())
     for tower in towers:
         errors = []
         pictures = torch.zeros(2, num_channels(tower.config), *image_size, device=device_of(tower), dtype=tower.dtype)

@@ -9,25 +9,28 @@ from ..modeling.picture_states import PictureStates
 from .language_model_probe import plain_words
 
 
-def match_embedding_scale(model: AnyVlmForConditionalGeneration, features: torch.Tensor) -> None:
+def match_embedding_scale(
+    model: AnyVlmForConditionalGeneration, features: torch.Tensor, projector_only: bool = False
+) -> None:
     """Scale the projector's output layer so that image tokens start with the RMS of the text's embeddings.
 
     Far larger or smaller tokens than a language model ever saw are a common cause of NaN after a swap.
 
     Args:
         features: Of some pictures, `(num_pictures, num_features, hidden_size)`, fp32.
+        projector_only: Newline and fusion are trained, and stay as they are.
     """
     projector = model.multi_modal_projector
     tokens, _ = projector.float()(features.to(model.device), tuple(model.config.vision_tower_spec["grid"]))
     rms = embedding_rms(model.language_model)
-    if has_newline(model.config.image_views):
+    if has_newline(model.config.image_views) and not projector_only:
         model.image_newline.normal_(std=float(rms))
     if projector.output_layer is not None:
         scale = rms / tokens.square().mean().sqrt().clamp(min=1e-12)
         projector.output_layer.weight.mul_(scale)
         tokens = tokens * scale
     projector.to(model.config.dtype)
-    if model.fusion is not None and model.fusion.changes_embeddings:
+    if model.fusion is not None and model.fusion.changes_embeddings and not projector_only:
         _match_gathered_scale(model, tokens)
 
 

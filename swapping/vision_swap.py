@@ -18,7 +18,7 @@ from ..composition.parts import PartSource, load_vision_tower
 from ..composition.picture_plan import check_context, plan_pictures
 from ..composition.probe import probe_features
 from ..composition.projector_grid import check_projector_arguments, complete_projector
-from ..composition.starting_scale import match_embedding_scale
+from ..composition.starting_scale import embedding_rms, match_embedding_scale
 from ..composition.views import views_settings
 from ..composition.vision_part import VisionPart, examine_vision_part, vision_sources
 from ..configuration.image_tokens import Grid
@@ -210,8 +210,11 @@ def _fill_projector(
         features: Of synthetic pictures by the new tower, `(4, num_features, hidden_size)`, fp32.
         is_new: The projector is another one, of which nothing is kept.
     """
+    newline = getattr(swapped, "image_newline", None)
+    if newline is not None and newline is not getattr(model, "image_newline", None):
+        newline.normal_(std=float(embedding_rms(swapped.language_model)))
     if is_new:
-        match_embedding_scale(swapped, features)
+        match_embedding_scale(swapped, features, projector_only=True)
         return
     old_core, new_core = core_projector(model.multi_modal_projector), core_projector(swapped.multi_modal_projector)
     tensors = new_core.state_dict()

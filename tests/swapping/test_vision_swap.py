@@ -15,6 +15,7 @@ from anyvlm.compatibility.native_checks import build_native
 from anyvlm.compatibility.swap_checks import Swap, TestedModel
 from anyvlm.composition.errors import CompositionError
 from anyvlm.composition.parts import load_vision_tower
+from anyvlm.composition.starting_scale import embedding_rms
 from anyvlm.configuration.tile_layouts import TILE_LAYOUTS
 from anyvlm.modeling.feature_alignment import AlignedProjector
 from anyvlm.modeling.projectors import PROJECTORS
@@ -235,16 +236,15 @@ def test_new_map_gives_values_of_the_size_that_the_projector_knows():
             assert 0.3 < before / after < 3
 
 
-def test_another_projector_is_new():
-    old = trained()
-    swap = Swap(old, tower(), 64, projector={"type": "resampler", "num_queries": 3})
-    swap.new.check_forward_is_finite()
-    swap.new.check_picture_changes_logits()
-    swap.check_text()
-    swap.check_old()
+@pytest.mark.parametrize("fusion", ["embed", "gated"])
+def test_another_projector_is_new(fusion):
+    """And all else stays, also what is scaled to fit a projector when composing."""
+    old = trained(fusion=fusion, views="tiles", picture_size=(32, 64))
+    swap = Swap(old, tower(), 64, projector={"type": "avg_pool"})
+    check(swap)
     config = swap.new.model.config.projector_config
-    assert config == {"type": "resampler", "num_queries": 3, "in_features": 40, "out_features": 32}
-    rms = tokens_of(swap.new).square().mean().sqrt() / old.model.get_input_embeddings().weight.square().mean().sqrt()
+    assert config == {"type": "avg_pool", "in_features": 40, "out_features": 32}
+    rms = tokens_of(swap.new).square().mean().sqrt() / embedding_rms(old.model.language_model)
     assert 0.3 < rms < 3
 
 
@@ -396,3 +396,11 @@ def test_room_for_text(caplog):
     with caplog.at_level(logging.WARNING):
         swap_vision_tower(model, processor, siglip, image_size=64)
     assert "takes 16 of the 24 positions" in caplog.text
+
+
+def test_other_views_get_a_newline_of_the_size_of_words():
+    old = trained()
+    swap = Swap(old, tower(), 64, views="tiles")
+    check(swap)
+    rms = swap.new.model.image_newline.square().mean().sqrt() / embedding_rms(old.model.language_model)
+    assert 0.5 < rms < 2
