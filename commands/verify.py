@@ -47,7 +47,7 @@ def verify(
     ] = False,
     scale_limit: Annotated[
         float, typer.Option(min=1, help="Largest factor between the size of image tokens and of text embeddings.")
-    ] = 30.0,
+    ] = 50.0,
     dtype: Annotated[Dtype, typer.Option(help="Dtype to load in; auto is the checkpoint's own.")] = Dtype.auto,
     device: Annotated[str | None, typer.Option(help="Where to run it, such as cuda. Default: the CPU.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,

@@ -62,7 +62,7 @@ def verify(
     trained: Sequence[str] = (),
     all_steps: bool = False,
     fresh_process: bool = True,
-    scale_limit: float = 30.0,
+    scale_limit: float = 50.0,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     timeout: float = 3600,
@@ -85,7 +85,7 @@ def verify(
         all_steps: Go on after the first failure.
         fresh_process: Also load the checkpoint in a process without anyvlm; a model in memory is saved for it.
         scale_limit: Largest factor, either way, between the RMS of image tokens and that of the text's embeddings. Where the
-            composed model before the swap is given, ten times its factor counts instead.
+            composed model before the swap is given and has the same language model, ten times its factor counts instead.
         dtype: To load a checkpoint, and so the sources, in. Default: the checkpoint's own.
         device: To load a checkpoint on. Default: the CPU.
         timeout: Seconds for the fresh process.

@@ -79,7 +79,7 @@ class Subject:
     pictures: list[Image.Image]
     checkpoint: Path | None = None
     trained: frozenset[str] = frozenset()
-    scale_limit: float = 30.0
+    scale_limit: float = 50.0
     timeout: float | None = None
     notes: list[str] = field(default_factory=list)
 

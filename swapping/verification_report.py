@@ -91,8 +91,11 @@ class VerificationReport:
             if check.status == FAILED:
                 return f"First failure: {step.title.lower()}, {check.name}: {check.detail} {check.advice}".strip()
         unchecked = sum(check.status == NOT_CHECKED for _, check in self._checks())
-        return "Nothing is wrong" + (
-            f", as far as it was checked ({unchecked} checks could not be made)." if unchecked else "."
+        if not unchecked:
+            return "Nothing is wrong."
+        return (
+            f"Nothing is wrong, as far as it was checked ({unchecked} {'check' if unchecked == 1 else 'checks'} could "
+            "not be made)."
         )
 
     def to_dict(self) -> dict[str, Any]:
