@@ -26,6 +26,7 @@ TOWERS = {
     "facebook/dinov2-small": ("dinov2", CLIPImageProcessorPil(size=SIZE, crop_size=SIZE)),
     "facebook/dinov2-base": ("dinov2", CLIPImageProcessorPil(size=SIZE, crop_size=SIZE)),
     "google/siglip-base-patch16-224": ("siglip_vision_model", SiglipImageProcessorPil(size=SIZE)),
+    "microsoft/resnet-50": ("resnet", CLIPImageProcessorPil(size=SIZE, crop_size=SIZE)),
     "google/siglip2-base-patch16-naflex": ("siglip2_vision_model", Siglip2ImageProcessorPil(patch_size=8)),
 }
 
@@ -45,6 +46,10 @@ def stand_ins(folder: Path) -> dict[str, Path]:
 def test_readme_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     picture(0).save("cat.png")
+    Path("photos").mkdir()
+    for number in range(10):
+        picture(number).save(f"photos/{number}.png")
+    monkeypatch.setattr("anyvlm.swapping.fitting.DISTILLATION_SECONDS", 3.0)
     blocks = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     llava, llava_processor = build_native(native_cases("llava")[0], seed=0, tied=False)
     messages = [{"role": "user", "content": "<image> w1"}, {"role": "assistant", "content": "w2"}]
