@@ -73,7 +73,7 @@ def native_settings(settings: dict, spec: dict, projector_config: dict) -> dict:
             "A budget holds at least one token, and min_tokens is no more than max_tokens; got min_tokens="
             f"{found['min_tokens']}, max_tokens={found['max_tokens']}."
         )
-    factor = _features_along_a_token(projector_config)
+    factor = features_along_a_token(projector_config)
     if factor is None:
         # Queries: their number does not follow from the picture, so the budget is for what they look at.
         fixed = max(_num_tokens(projector_config, grid) for grid in _GRIDS)
@@ -105,7 +105,7 @@ def _with_cell(settings: dict, spec: dict, patches: int, tokens: int) -> dict:
     return {**settings, "cell_size": spec["patch"]["size"] * patches, "cell_tokens": tokens}
 
 
-def _features_along_a_token(projector_config: dict) -> int | None:
+def features_along_a_token(projector_config: dict) -> int | None:
     """Features along each edge of the square that becomes one token; `None` if the number of tokens is another rule's."""
     for factor in range(1, _LARGEST_FACTOR + 1):
         try:

@@ -1,16 +1,20 @@
 """A tower of one size of pictures, so that it takes each picture in its own size and proportions."""
 
 import logging
+import math
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, Siglip2VisionConfig, Siglip2VisionModel
 
 from ..composition.image_processors import config_size
-from ..composition.native_views import spec_for_native_views
+from ..composition.native_views import features_along_a_token, spec_for_native_views
 from ..composition.probe import probe_vision_tower
 from ..composition.running import device_of, in_mode, num_channels, synthetic_pictures
+from ..composition.views import Measured, fewest_and_most_tokens, views_settings
 from ..configuration.image_tokens import image_grids
+from ..configuration.token_grids import token_grid
+from ..modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
 from ..modeling.vision_towers import call_vision_tower, read_features
 
 
@@ -39,6 +43,24 @@ def native_tower(vision_tower: nn.Module) -> nn.Module:
     size = config_size(vision_tower.config) or (224, 224)
     spec_for_native_views(probe_vision_tower(vision_tower, size), vision_tower, None)
     return vision_tower
+
+
+def native_views(views: str | dict, model: AnyVlmForConditionalGeneration) -> dict:
+    """Views of type `"native"`, within as many tokens as the largest picture took before, which the language model knows.
+
+    Args:
+        views: As for `compose`; a budget that it states stays.
+    """
+    settings = views_settings(views)
+    config = model.config
+    if "max_tokens" in settings or config.vision_tower_spec["any_size"]:
+        return settings
+    _, most = fewest_and_most_tokens(Measured(config.vision_tower_spec, config.projector_config, config.image_views))
+    # The budget of a projector of queries is one of features.
+    own = math.prod(token_grid(config.projector_config, tuple(config.vision_tower_spec["grid"])))
+    if features_along_a_token(config.projector_config) is None:
+        most = most * math.prod(config.vision_tower_spec["grid"]) // own
+    return {**settings, "max_tokens": max(most, settings.get("min_tokens", 1))}
 
 
 def naflex_tower(vision_tower: nn.Module) -> Siglip2VisionModel | None:

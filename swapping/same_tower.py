@@ -7,7 +7,12 @@ from ..composition.views import views_settings
 from ..modeling.fused_vision_towers import FusedVisionTowers
 from ..modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
 from .native_tower import native_tower
-from .resized_tower import fit_to_size, resized_tower
+from .resized_tower import fitted_tower, resized_tower
+
+
+_NAFLEX_NOTE = (
+    "embeddings.patch_embedding.weight: SigLIP's kernel as NaFlex has it, for patches in one row; equal features"
+)
 
 
 def same_tower(
@@ -35,9 +40,8 @@ def same_tower(
             'views="native" shows pictures in their own size. Leave out image_size=… and patch_size=…, or views=….'
         )
     if is_native:
-        return native_tower(tower), []
+        native = native_tower(tower)
+        return native, [] if native is tower else [_NAFLEX_NOTE]
     if patch_size is not None:
         return resized_tower(tower, image_size, patch_size)
-    if image_size is None or fit_to_size(tower, image_size) is tower:
-        return tower, []
-    return resized_tower(tower, image_size)
+    return (tower, []) if image_size is None else fitted_tower(tower, image_size)

@@ -19,6 +19,7 @@ from ..modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
 from ..processing.processing_anyvlm import AnyVlmProcessor
 from .fitting import Fitting, Swapped, no_pictures
 from .modality_gap import modality_gap_change
+from .native_tower import native_views
 from .part_changes import compare_parts, digest
 from .picture_paths import PicturePath
 from .recipe import recipe_after
@@ -123,6 +124,14 @@ def swap(
     notes: dict[str, str] = {}
     if keeps_tower:
         vision, said = same_tower(model, image_size, patch_size, views)
+        if _is_native(views):
+            views = native_views(views, model)
+        # Its own layer is read, also where its class is another (NaFlex).
+        if vision_feature_layer is None:
+            vision_feature_layer = (
+                "last" if model.config.vision_feature_layer is None else model.config.vision_feature_layer
+            )
+        vision_feature_select_strategy = vision_feature_select_strategy or model.config.vision_feature_select_strategy
         notes = dict(note.split(": ", 1) for note in said if ": " in note)
         image_processor = image_processor or processor.image_processor
         image_size = image_size or _fixed_size(model, views)
@@ -259,8 +268,11 @@ def _described(model: AnyVlmForConditionalGeneration, vision: bool, text: bool) 
 def _fixed_size(model: AnyVlmForConditionalGeneration, views: str | dict | None) -> tuple[int, int] | None:
     """The size of the tower's pictures, if it is one and stays one."""
     spec = model.config.vision_tower_spec
-    is_native = (views_settings(views) or {}).get("type") == "native"
-    return None if spec["any_size"] or is_native else tuple(spec["image_size"])
+    return None if spec["any_size"] or _is_native(views) else tuple(spec["image_size"])
+
+
+def _is_native(views: str | dict | None) -> bool:
+    return (views_settings(views) or {}).get("type") == "native"
 
 
 def _tokens_per_picture(model: AnyVlmForConditionalGeneration, processor: AnyVlmProcessor) -> int:

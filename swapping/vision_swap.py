@@ -26,6 +26,7 @@ from ..configuration.video_frames import has_rows_and_columns, takes_clips
 from ..modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
 from ..processing.processing_anyvlm import AnyVlmProcessor
 from .feature_maps import core_config, core_features, core_projector, foldable_layer, mapped_config
+from .resized_tower import fitted_tower
 from .scaled_views import scaled_views
 
 
@@ -78,6 +79,8 @@ def swap_vision_tower(
                 vision_feature_layer = model.config.vision_feature_layer
             if vision_feature_select_strategy is None:
                 vision_feature_select_strategy = model.config.vision_feature_select_strategy
+        if image_size is not None:
+            towers = [_fitted(tower, image_size) for tower in towers]
         part = examine_vision_part(
             sources,
             towers,
@@ -148,6 +151,17 @@ def processor_with(processor: AnyVlmProcessor, **changes: Any) -> AnyVlmProcesso
 
 def _same_type(tower: nn.Module, other: nn.Module) -> bool:
     return type(tower) is type(other) and tower.config.model_type == other.config.model_type
+
+
+def _fitted(tower: nn.Module, image_size: int | tuple[int, int]) -> nn.Module:
+    """The tower, resized if it does not take this size; or as it is, for the examination to say why it does not."""
+    try:
+        fitted, notes = fitted_tower(tower, image_size)
+    except CompositionError:
+        return tower
+    if notes:
+        logger.warning("%s is resized: %s.", type(tower).__name__, "; ".join(notes))
+    return fitted
 
 
 def _fixed_size(model: AnyVlmForConditionalGeneration) -> tuple[int, int] | None:
