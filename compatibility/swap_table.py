@@ -66,6 +66,9 @@ def swaps_to_markdown(table: dict[str, Any]) -> str:
                 ["… of these behind a new map of features", _number(works, projector="kept", aligned_features=True)],
                 ["all but the first layer's weight kept", _number(works, projector="first layer new")],
                 ["features resampled, so that a picture keeps its tokens", _number(works, aligned_grid=True)],
+                ["fitted in closed form, the old projector behind a map", _number(works, alignment="features")],
+                ["fitted in closed form, the last layer too", _number(works, alignment="tokens")],
+                ["not fitted: features that have no places in common, with the reason", _not_fitted(works)],
                 ["a picture takes as many tokens as before", sum(len(set(row["tokens"])) == 1 for row in works)],
             ],
         ),
@@ -95,6 +98,10 @@ def swaps_to_markdown(table: dict[str, Any]) -> str:
 
 def _number(rows: list[Result], **values: Any) -> int:
     return sum(all(row.get(key) == value for key, value in values.items()) for row in rows)
+
+
+def _not_fitted(rows: list[Result]) -> int:
+    return sum(str(row.get("alignment")).startswith("none: ") for row in rows)
 
 
 def _by_join(swaps: list[Result]) -> list[list[Any]]:
