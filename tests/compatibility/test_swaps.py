@@ -120,7 +120,7 @@ def test_a_swap_that_works():
 
 
 def test_a_refused_swap_names_what_works():
-    result = check_swap("siglip2_vision_model", "llama", "resnet / mlp / embed / native")
+    result = check_swap("siglip2_vision_model", "llama", "hiera / mlp / embed / native")
     assert result.status == "refused"
     assert result.details["works_with"] == "views"
     assert 'views="' in result.reason
