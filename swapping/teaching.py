@@ -40,7 +40,7 @@ PREPARATION_SHARE = 0.35
 HELD_OUT_SHARE = 0.1
 MAX_HELD_OUT = 96
 #: How often the held-out pictures are looked at.
-EVALUATIONS = 8
+EVALUATIONS = 16
 WARM_UP_STEPS = 10
 ANSWER_BATCH_SIZE = 64
 
@@ -57,7 +57,7 @@ def teach(
     steps: int | None = None,
     start: str = "closed_form",
     seed: int = 0,
-    learning_rate: float = 3e-3,
+    learning_rate: float = 2e-2,
     batch_size: int = 32,
     max_pictures: int = MAX_PICTURES,
     max_new_tokens: int = 32,
@@ -85,11 +85,12 @@ def teach(
         progress: Show a progress bar.
 
     Returns:
-        `steps`, `seconds`, `preparation_seconds`; `losses` `[[step, loss], …]` and `held_out_losses`, likewise, of the old
-        model's words, in nats per token. `agreement` and `held_out_loss`, each `{"before", "started", "after"}`: with the
-        projector as it came, from where it started, and after; agreement is the share of held-out pictures about which the
-        new model gives, word for word, the old one's answer. `start`, and what was `solved` for it; `pictures`,
-        `held_out_pictures`, `answers` (how many different ones), `trained_parameters`, `interrupted`.
+        `steps`, `seconds`, `preparation_seconds`; `losses` `[[step, loss], …]` and `held_out_losses`
+        `[[step, loss, seconds], …]`, of the old model's words, in nats per token. `agreement` and `held_out_loss`, each
+        `{"before", "started", "after"}`: with the projector as it came, from where it started, and after; agreement is the
+        share of held-out pictures about which the new model gives, word for word, the old one's answer. `start`, and
+        what was `solved` for it; `pictures`, `held_out_pictures`, `answers` (how many different ones), `trained_parameters`,
+        `interrupted`.
 
     Raises:
         ValueError: fewer than two pictures, neither `seconds` nor `steps`, another vision tower, a projector without
@@ -254,7 +255,8 @@ class _Run:
 
     def _keep_if_better(self, best: float) -> dict[str, float]:
         measured = self.measure()
-        self.held_out_losses.append([self.step, measured["held_out_loss"]])
+        seconds = time.monotonic() - self.limits.started
+        self.held_out_losses.append([self.step, measured["held_out_loss"], seconds])
         if measured["held_out_loss"] < best:
             self.best = (measured["held_out_loss"], [parameter.detach().clone() for parameter in self.parameters])
         return measured
