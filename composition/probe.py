@@ -170,7 +170,7 @@ def probe_features(
         if is_trained:
             raise CompositionError(f"{name} gives the same features for different pictures. Are its weights loaded?")
         logger.warning("%s gives the same features for different pictures with these random weights.", name)
-    alone = _run_alone(run, pictures[:1], name)
+    alone = _run_alone(run, pictures[:1], name, vision_tower)
     tolerance = 1e-2 * float(features.abs().max())
     if float((alone - features[:1]).abs().max()) > tolerance:
         with torch.no_grad():
@@ -185,7 +185,7 @@ def probe_features(
     return features
 
 
-def _run_alone(run, picture: torch.Tensor, name: str) -> torch.Tensor:
+def _run_alone(run, picture: torch.Tensor, name: str, vision_tower: nn.Module) -> torch.Tensor:
     """Features of one picture, with a graph, since a tower must be trainable.
 
     Raises:
@@ -199,7 +199,9 @@ def _run_alone(run, picture: torch.Tensor, name: str) -> torch.Tensor:
             f"{name} runs on two pictures but not on one ({type(error).__name__}: {error}), as a model of clips does "
             "that takes the batch for one clip. Pass a tower of pictures such as clip or dinov2."
         ) from error
-    if not alone.requires_grad:
+    # A tower that was frozen shows nothing either way.
+    is_frozen = not any(parameter.requires_grad for parameter in vision_tower.parameters())
+    if not alone.requires_grad and not is_frozen:
         raise CompositionError(
             f"{name} gives features that carry no gradient, such as the codes of a codec. Pass a tower such as clip or "
             "dinov2."

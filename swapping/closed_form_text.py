@@ -1,8 +1,8 @@
-"""Where the projector starts after another language model was put in: its last layer, solved for without a gradient.
+"""Where the projector starts after another language model was put in: its last layer, solved for in closed form.
 
 The last layer is a linear map, so for any tokens that one would like to see in a picture's place, the layer that comes
 nearest is a ridge regression away (`ridge.py`). What one would like to see is text that the new language model can read:
-its own embeddings of words. Which words, there are several ideas for; all are tried, and the one with which the new
+its own embeddings of words, or a prompt that was tuned for an answer. All ideas are tried, and the one with which the new
 language model finds the old answers on held-out pictures least surprising is kept, or none.
 """
 
@@ -18,6 +18,7 @@ from torch import nn
 from .ridge import RidgeSums, solve
 from .student import Student
 from .teacher_answers import TeacherAnswer
+from .tuned_prompts import tune_prompts
 
 
 STARTS = ("closed_form", "kept")
@@ -52,8 +53,11 @@ def solve_last_layer(student: Student, lessons: Sequence[TeacherAnswer], held_ou
         found["reason"] = f"fewer than {FOLDS} pictures"
     else:
         kept = [parameter.detach().clone() for parameter in layer.parameters()]
-        for kind, words in TARGETS.items():
-            explained = _fit(student, layer, lessons, words(student))
+        for kind, prepared in TARGETS.items():
+            targets = prepared(student, lessons)
+            if targets is None:
+                continue
+            explained = _fit(student, layer, lessons, targets)
             loss = student.measure(held_out, BATCH_SIZE)["held_out_loss"]
             found["candidates"].append({"kind": kind, "held_out_loss": loss, "explained_variance": explained})
             if loss < best and math.isfinite(loss):
@@ -185,9 +189,28 @@ class _TokensAsWords:
         return self._embedded[token]
 
 
-#: What an image token should be like, by name.
-TARGETS: dict[str, Callable[[Student], Callable]] = {
-    "answer_words": lambda student: _AnswerWords(student, in_order=True),
-    "mean_answer_word": lambda student: _AnswerWords(student, in_order=False),
-    "tokens_as_words": _TokensAsWords,
+def _tuned_prompts(student: Student, lessons: Sequence[TeacherAnswer]) -> Callable | None:
+    """Prompts tuned for each answer by itself, mixed by the answers' probabilities; `None` if there are too many answers.
+
+    The one idea here that takes gradient steps, few of them and on the answers' texts alone.
+    """
+    prompts = tune_prompts(student, lessons)
+
+    def targets(batch: Sequence[TeacherAnswer], counts: Sequence[int]) -> torch.Tensor:
+        return torch.cat(
+            [
+                sum(share * prompts[lesson.question, answer] for answer, share in lesson.probabilities.items())
+                for lesson in batch
+            ]
+        )
+
+    return targets if prompts else None
+
+
+#: What an image token should be like, by name; each makes, of a student and its lessons, what gives the targets of a batch.
+TARGETS: dict[str, Callable[[Student, Sequence[TeacherAnswer]], Callable | None]] = {
+    "answer_words": lambda student, lessons: _AnswerWords(student, in_order=True),
+    "mean_answer_word": lambda student, lessons: _AnswerWords(student, in_order=False),
+    "tokens_as_words": lambda student, lessons: _TokensAsWords(student),
+    "tuned_prompts": _tuned_prompts,
 }

@@ -27,7 +27,7 @@ class Student:
 
     def loss(self, lessons: Sequence[TeacherAnswer], answers: Sequence[str]) -> torch.Tensor:
         """Cross-entropy of these answers, the mean over their tokens, with a graph to the projector."""
-        rows, encoded = self._inputs(lessons, answers)
+        rows, encoded = self.rows(lessons, answers), self.encoded(lessons)
         return self.model(**rows, mm_encoder_outputs={"image": encoded}, use_cache=False).loss
 
     @torch.no_grad()
@@ -37,7 +37,7 @@ class Student:
         agrees, losses, count = 0, 0.0, 0
         for start in range(0, len(lessons), batch_size):
             batch = lessons[start : start + batch_size]
-            rows, encoded = self._inputs(batch, [lesson.answer for lesson in batch])
+            rows, encoded = self.rows(batch, [lesson.answer for lesson in batch]), self.encoded(batch)
             logits = self.model(**rows, mm_encoder_outputs={"image": encoded}, use_cache=False).logits
             labels = rows["labels"]
             wanted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
@@ -66,8 +66,8 @@ class Student:
         """Image tokens of the lessons' pictures, with a graph to the projector."""
         return self.pictures.encoded([lesson.picture for lesson in lessons], self.model)
 
-    def _inputs(self, lessons: Sequence[TeacherAnswer], answers: Sequence[str]):
+    def rows(self, lessons: Sequence[TeacherAnswer], answers: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The lessons' questions with these answers: `input_ids`, `attention_mask`, `labels`."""
         sizes = [self.pictures.sizes[lesson.picture] for lesson in lessons]
         rows = self.texts.rows([lesson.question for lesson in lessons], answers, sizes)
-        rows = {name: value.to(self.model.device) for name, value in rows.items()}
-        return rows, self.encoded(lessons)
+        return {name: value.to(self.model.device) for name, value in rows.items()}

@@ -11,7 +11,9 @@ from tiny_parts import VOCABULARY, compose, make_sensitive, text_config, tiny_to
 from transformers import AutoModelForCausalLM
 
 import anyvlm
+from anyvlm.modeling.image_features import AnyVlmImageFeatures
 from anyvlm.swapping.cached_pictures import CachedPictures
+from anyvlm.swapping.closed_form_text import TARGETS, _fit, solve_last_layer
 from anyvlm.swapping.picture_paths import PicturePath
 from anyvlm.swapping.student import Student
 from anyvlm.swapping.teacher_answers import Teacher, TeacherAnswer, compare_answers
@@ -246,3 +248,73 @@ def test_what_cannot_be_taught_is_refused(models):
     other_tower = compose("clip_vision_model", "gpt2")
     with pytest.raises(ValueError, match="same vision tower"):
         teach(old_model, old_processor, *other_tower, _pictures(4))
+
+
+def _lessons(models, pictures):
+    cached = _cached(models, pictures)
+    lessons = Teacher(cached, max_new_tokens=2).answer(range(len(pictures)), QUESTIONS[:1] * len(pictures))
+    compare_answers(lessons)
+    return cached, lessons
+
+
+def test_the_last_layer_is_solved_for_any_tokens(models):
+    """Oracle: tokens that another last layer gives are found again."""
+    old_model, old_processor = models[:2]
+    language_model, tokenizer = _second_language_model()
+    new_model, new_processor = swap_language_model(old_model, old_processor, language_model, tokenizer=tokenizer)
+    new_model.requires_grad_(False)
+    cached, lessons = _lessons(models, _pictures(24))
+    student = Student(new_model, new_processor, cached)
+    layer = new_model.multi_modal_projector.output_layer
+    wanted = torch.cat(list(student.encoded(lessons).pooler_output))
+    targets = dict(zip(range(24), wanted.split(16)))
+    layer.weight.normal_()
+    layer.bias.normal_()
+    explained = _fit(student, layer, lessons, lambda batch, counts: torch.cat([targets[one.picture] for one in batch]))
+    assert explained > 0.999
+    torch.testing.assert_close(torch.cat(list(student.encoded(lessons).pooler_output)), wanted, atol=1e-3, rtol=1e-3)
+
+
+def test_the_closed_form_that_reads_best_is_kept(models):
+    old_model, old_processor = models[:2]
+    language_model, tokenizer = _second_language_model()
+    new_model, new_processor = swap_language_model(old_model, old_processor, language_model, tokenizer=tokenizer)
+    new_model.requires_grad_(False)
+    cached, lessons = _lessons(models, _pictures(24))
+    student = Student(new_model, new_processor, cached)
+    before = copy.deepcopy(new_model.state_dict())
+    solved = solve_last_layer(student, lessons[4:], lessons[:4])
+    losses = {one["kind"]: one["held_out_loss"] for one in solved["candidates"]}
+    assert set(losses) == {"kept", *TARGETS}
+    assert solved["kind"] == min(losses, key=losses.get)
+    assert student.measure(lessons[:4], 4)["held_out_loss"] == pytest.approx(losses[solved["kind"]])
+    layer = {"multi_modal_projector.layers.1.weight", "multi_modal_projector.layers.1.bias"}
+    changed = {name for name, tensor in new_model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == (set() if solved["kind"] == "kept" else layer)
+
+
+def test_words_of_old_tokens_are_spelled_in_the_new_embeddings(models):
+    """Oracle: an image token that the old output head reads as one word for certain."""
+    old_model, old_processor = models[:2]
+    language_model, tokenizer = _second_language_model()
+    new_model, new_processor = swap_language_model(old_model, old_processor, language_model, tokenizer=tokenizer)
+    cached, lessons = _lessons(models, _pictures(2))
+    head = old_model.get_output_embeddings().weight
+    with torch.no_grad():
+        word = VOCABULARY.index("w9")
+        certain = 1e4 * torch.linalg.pinv(head)[:, word]
+        cached.encoded = lambda indices, model: AnyVlmImageFeatures(
+            pooler_output=[certain.expand(16, -1)] * len(indices)
+        )
+        found = TARGETS["tokens_as_words"](Student(new_model, new_processor, cached), lessons)(lessons, [16, 16])
+    wanted = new_model.get_input_embeddings().weight[new_processor.tokenizer.convert_tokens_to_ids("w9")]
+    torch.testing.assert_close(found, wanted.expand(32, -1))
+
+
+def test_a_model_whose_tower_was_frozen_is_swapped():
+    model, processor = compose("clip_vision_model", "llama")
+    model.vision_tower.requires_grad_(False)
+    language_model, tokenizer = _second_language_model()
+    new_model, _ = swap_language_model(model, processor, language_model, tokenizer=tokenizer)
+    assert new_model.vision_tower is model.vision_tower
+    assert not any(parameter.requires_grad for parameter in new_model.vision_tower.parameters())
