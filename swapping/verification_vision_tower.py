@@ -164,10 +164,12 @@ def _measured_spec(subject: Subject, tower: nn.Module, spec: dict, layer) -> dic
     strategies = ("default", "full") if fused else (subject.config.vision_feature_select_strategy,)
     measured = [probe_vision_tower(tower, tuple(spec["image_size"]), layer, strategy) for strategy in strategies]
     own = next((each for each in measured if each["grid"] == spec["grid"]), measured[0])
-    if own["call_kwargs"] != spec["call_kwargs"]:  # as some models are imported, whose class calls the tower so
+    chosen = [key for key in ("inputs", "call_kwargs") if own[key] != spec[key]]
+    if chosen:  # pictures of their own size, or as the class of an imported model calls it
         subject.notes.append(
-            f"The tower is called with {spec['call_kwargs']}, not {own['call_kwargs']} as by itself, and so was its "
-            "source."
+            "The tower is called otherwise than by itself, and so was its source: "
+            + ", ".join(f"{key} is {spec[key]!r}, not {own[key]!r}" for key in chosen)
+            + "."
         )
         return spec
     return own

@@ -481,6 +481,18 @@ def test_trained_parts_with_nan_still_fail(composed, sources):
     assert "nan" in json.dumps(report.to_dict(), allow_nan=False)
 
 
+@pytest.mark.parametrize("vision", ["clip_vision_model", "resnet"])
+def test_pictures_of_their_own_size_after_a_swap(sources, vision, tmp_path):
+    torch.manual_seed(0)
+    subject = anyvlm.compose(vision_config(vision), sources.language_model, image_size=64)
+    before = copy.deepcopy(subject)
+    model, processor, _ = anyvlm.swap(*subject, views="native")
+    report = verify((model, processor), [before])
+    assert report.passed, report
+    assert report.check("vision_tower", "features").figures["max_difference"] == 0
+    assert any("called otherwise" in note for note in report.notes)
+
+
 def test_resized_tower_is_read_as_it_is_measured_anew(sources, loaded):
     model, processor, _ = anyvlm.swap(*copy.deepcopy(loaded), patch_size=4)
     report = verify((model, processor), sources.checkpoint)
