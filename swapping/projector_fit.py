@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -19,6 +20,8 @@ from .ridge import REGULARISATIONS, RidgeSolution, RidgeSums, fit, solve, total
 #: Every fifth picture is held out; each fifth in its turn, where sums of all five fit into the memory below.
 FOLDS = 5
 _MAX_SUMS_BYTES = 2**30
+#: A last layer of at most so many inputs is solved for several times.
+_SMALL_LAYER = 1024
 
 
 @dataclass
@@ -96,46 +99,31 @@ class FeatureFit:
         self.kept.add(number, view)
 
     def candidates(self) -> list[Candidate]:
-        found = [self._features(None)]
+        maps = [_FeatureMaps(self, None)]
         if self.new_width == self.config["in_features"]:
             # A tower that was tuned further differs little from what it was: drawn to leaving features as they are.
             identity = torch.eye(self.new_width, dtype=torch.float64), torch.zeros(self.new_width, dtype=torch.float64)
-            found.append(self._features(tuple(part.to(self.folds[0].xx.device) for part in identity)))
+            maps.append(_FeatureMaps(self, tuple(part.to(self.folds[0].xx.device) for part in identity)))
+        found = [self._features(entry) for entry in maps]
         if self.is_linear:
             found.append(self._tokens_of_linear())
         else:
-            last = self._last_layer(max(found, key=lambda candidate: candidate.explained_variance))
+            best = max(range(len(found)), key=lambda index: found[index].explained_variance)
+            last = self._last_layer(maps[best], found[best].regularisation)
             found += [] if last is None else [last]
         return found
 
-    def _features(self, prior: tuple[torch.Tensor, torch.Tensor] | None) -> Candidate:
+    def _features(self, maps: "_FeatureMaps") -> Candidate:
         """The map to the old features. Its penalty is the one that gives the best tokens: what is good for the features,
         most of which the projector hardly looks at, is too large for these (measured: ten times)."""
-        penalties = REGULARISATIONS if prior is None else (*REGULARISATIONS, float("inf"))
-        solution = solve(self.folds, penalties, prior)
-        held_out, shares = self.kept.held_out(), [entry["explained_variance"] for entry in solution.candidates]
-
-        def behind(weight: torch.Tensor, bias: torch.Tensor) -> nn.Module:
-            return mapped_projector(self.core, self.config, weight.float(), bias.float(), None)[0].eval()
-
-        chosen, share = penalties.index(solution.regularisation), solution.explained_variance
+        held_out, chosen = self.kept.held_out(), maps.best
+        share = maps.shares[chosen]
         if held_out:
             chosen, share = best_nearby(
-                lambda index: explained_variance(behind(*solution.path.map(penalties[index])), held_out),
-                chosen,
-                len(penalties),
+                lambda index: explained_variance(maps.projector(index, False), held_out), chosen, len(maps.penalties)
             )
-
-        def build(with_held_out: bool) -> nn.Module:
-            if not with_held_out:
-                return behind(*solution.path.map(penalties[chosen]))
-            return behind(*fit(total(self.folds), penalties[chosen], prior))
-
-        notes = {
-            "explained_variance_of_features": shares[chosen],
-            "drawn_to": "zero" if prior is None else "identity",
-        }
-        return Candidate("features", penalties[chosen], build, share, notes)
+        notes = {"explained_variance_of_features": maps.shares[chosen], "drawn_to": maps.drawn_to}
+        return Candidate("features", maps.penalties[chosen], partial(maps.projector, chosen), share, notes)
 
     def _tokens_of_linear(self) -> Candidate:
         layer = self.core.linear
@@ -151,38 +139,53 @@ class FeatureFit:
             projector.linear.bias.copy_(bias)
             return projector.eval()
 
-        return self._candidate("tokens", solution, build, {"drawn_to": "zero"})
+        held_out = self.kept.held_out()
+        share = explained_variance(build(False), held_out) if held_out else solution.explained_variance
+        return Candidate("tokens", solution.regularisation, build, share, {"drawn_to": "zero"})
 
-    def _last_layer(self, before: Candidate) -> Candidate | None:
-        """The last layer solved for behind a map of features, drawn to what it is."""
+    def _last_layer(self, maps: "_FeatureMaps", regularisation: float) -> Candidate | None:
+        """The last layer solved for behind a map of features, drawn to what it is. It makes up for a larger penalty in front
+        of it, so that this is chosen again, where that is cheap."""
         layer = self.core.output_layer
-        if not isinstance(layer, nn.Linear) or layer.bias is None or not self.kept.others():
+        if not isinstance(layer, nn.Linear) or layer.bias is None:
             return None
         prior = layer.weight.double(), layer.bias.double()
-        module = before.build(False)
-        inner = core_projector(module).output_layer
-        sums = [last_layer_sums(module, inner, views) for views in (self.kept.held_out(), self.kept.others())]
-        if any(part is None or part.weight == 0 for part in sums):
+        solutions: dict[int, RidgeSolution | None] = {}
+
+        def share(index: int) -> float:
+            module = maps.projector(index, False)
+            views = self.kept.held_out(), self.kept.others()
+            sums = [last_layer_sums(module, core_projector(module).output_layer, part) for part in views]
+            usable = all(part is not None and part.weight > 0 for part in sums)
+            # The map in front was fitted to the others: only what was held out from it says anything.
+            penalties = (*REGULARISATIONS, float("inf"))
+            solutions[index] = solve(sums, penalties, prior, validated=1) if usable else None
+            return solutions[index].explained_variance if usable else -float("inf")
+
+        start = maps.penalties.index(regularisation)
+        if layer.in_features <= _SMALL_LAYER and share(start) > -float("inf"):
+            chosen, explained = best_nearby(share, start, len(maps.penalties))
+        else:
+            chosen, explained = start, share(start)
+        solution = solutions[chosen]
+        if solution is None:
             return None
-        solution = solve(sums, (*REGULARISATIONS, float("inf")), prior)
 
         def build(with_held_out: bool) -> nn.Module:
-            module = before.build(with_held_out)
+            module = maps.projector(chosen, with_held_out)
             inner = core_projector(module).output_layer
-            views = self.kept.views if with_held_out else self.kept.others()
-            weight, bias = fit(last_layer_sums(module, inner, views), solution.regularisation, prior)
+            weight, bias = solution.path.map(solution.regularisation)
+            if with_held_out:
+                weight, bias = fit(last_layer_sums(module, inner, self.kept.views), solution.regularisation, prior)
             inner.weight.copy_(weight)
             inner.bias.copy_(bias)
             return module
 
-        return self._candidate(
-            "tokens", solution, build, {"drawn_to": "the last layer", "behind": before.notes["drawn_to"]}
-        )
-
-    def _candidate(self, target: str, solution: RidgeSolution, build, notes: dict) -> Candidate:
-        held_out = self.kept.held_out()
-        share = explained_variance(build(False), held_out) if held_out else solution.explained_variance
-        return Candidate(target, solution.regularisation, build, share, notes)
+        notes = {
+            "drawn_to": "the last layer",
+            "behind": {"drawn_to": maps.drawn_to, "regularisation": maps.penalties[chosen]},
+        }
+        return Candidate("tokens", solution.regularisation, build, explained, notes)
 
     def write(self, module: nn.Module, model: AnyVlmForConditionalGeneration, processor: AnyVlmProcessor) -> None:
         """Put what a candidate built into a model, in its dtype, on the grid that its projector brings features to."""
@@ -194,6 +197,29 @@ class FeatureFit:
         if "aligned_features" in config:
             projector.alignment.linear.load_state_dict(module.alignment.linear.state_dict())
         set_projector(model, processor, projector.train(model.multi_modal_projector.training), config)
+
+
+class _FeatureMaps:
+    """An old projector behind a linear map to its features, for each penalty.
+
+    Args:
+        of: What was summed up, and the projector.
+        prior: What the map is drawn to; `None` for zero.
+    """
+
+    def __init__(self, of: FeatureFit, prior: tuple[torch.Tensor, torch.Tensor] | None):
+        self.core, self.config, self.folds, self.prior = of.core, of.config, of.folds, prior
+        self.penalties = REGULARISATIONS if prior is None else (*REGULARISATIONS, float("inf"))
+        self.drawn_to = "zero" if prior is None else "identity"
+        solution = solve(self.folds, self.penalties, prior)
+        self.path, self.best = solution.path, self.penalties.index(solution.regularisation)
+        self.shares = [entry["explained_variance"] for entry in solution.candidates]
+
+    def projector(self, index: int, with_held_out: bool) -> nn.Module:
+        """float32, from new features on the core's grid to tokens."""
+        penalty = self.penalties[index]
+        weight, bias = fit(total(self.folds), penalty, self.prior) if with_held_out else self.path.map(penalty)
+        return mapped_projector(self.core, self.config, weight.float(), bias.float(), None)[0].eval()
 
 
 class LastLayerFit:

@@ -18,6 +18,7 @@ from anyvlm.swapping.alignment import align
 from anyvlm.swapping.kept_views import KeptViews
 from anyvlm.swapping.paired_features import AlignmentError, PairedFeatures, PairedView
 from anyvlm.swapping.picture_paths import PicturePath
+from anyvlm.swapping.projector_fit import FeatureFit, best_nearby
 from anyvlm.swapping.ridge import RidgeSums, penalty
 from anyvlm.swapping.vision_swap import swap_vision_tower
 
@@ -310,3 +311,38 @@ def test_memory_does_not_grow():
     assert alive[32] == alive[144] <= 16
     a_kept_view = 16 * 32 * 4 + 16 * 32 * 4 + 16
     assert tensors[144] - tensors[32] <= (144 - 32) * a_kept_view
+
+
+def test_best_nearby():
+    asked = []
+
+    def hill(index):
+        asked.append(index)
+        return -abs(index - 7) + (0.5 if index == 4 else 0)
+
+    assert best_nearby(hill, 3, 20) == (7, 0)
+    assert len(asked) == len(set(asked)) <= 10
+    assert best_nearby(hill, 19, 20) == (7, 0)
+    assert best_nearby(lambda index: index, 2, 4) == (3, 3)
+    assert best_nearby(lambda index: -index, 0, 1) == (0, 0)
+
+
+def test_the_last_layer_is_judged_by_held_out_pictures():
+    """What is reported of the candidates is what their maps, fitted without the held-out pictures, do on these."""
+    model, processor, new_model, new_processor = _swapped(projector={"type": "mlp", "hidden_features": 24})
+    pictures = _pictures(50)
+    pairs = PairedFeatures(PicturePath(model, processor), PicturePath(new_model, new_processor))
+    fitted = FeatureFit(pairs, new_model)
+    for number, picture in enumerate(pictures):
+        for view in pairs([picture]):
+            fitted.add(number, view)
+    wanted = _tokens(model, processor, pictures[::5]).flatten(0, 1)
+    path = PicturePath(new_model, new_processor)
+    features = torch.stack(path.features(path.inputs(pictures[::5]))[0])
+    candidates = fitted.candidates()
+    assert [candidate.target for candidate in candidates] == ["features", "features", "tokens"]
+    for candidate in candidates:
+        found, _ = candidate.build(False)(features, (4, 4))
+        share = r2_score(wanted, found.detach().flatten(0, 1), multioutput="variance_weighted")
+        assert candidate.explained_variance == pytest.approx(share, abs=1e-4)
+    assert candidates[2].explained_variance >= max(entry.explained_variance for entry in candidates[:2]) - 1e-6
