@@ -327,6 +327,7 @@ def test_best_nearby():
     assert best_nearby(lambda index: -index, 0, 1) == (0, 0)
 
 
+@torch.no_grad()
 def test_the_last_layer_is_judged_by_held_out_pictures():
     """What is reported of the candidates is what their maps, fitted without the held-out pictures, do on these."""
     model, processor, new_model, new_processor = _swapped(projector={"type": "mlp", "hidden_features": 24})
