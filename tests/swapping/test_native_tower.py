@@ -110,5 +110,5 @@ class TestSwap:
 
     def test_tower_that_cannot_be_resized(self):
         model, processor = compose("clip_vision_model")
-        with pytest.raises(anyvlm.CompositionError, match="could not be run on single pictures of 48x48"):
-            anyvlm.swap(model, processor, vision=tower_of("granite_docling_vision"), image_size=48)
+        with pytest.raises(anyvlm.CompositionError, match="could not be run on single pictures of 16x16"):
+            anyvlm.swap(model, processor, vision=tower_of("convnext"), image_size=16)

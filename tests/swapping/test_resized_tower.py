@@ -241,7 +241,7 @@ class MixingTower(ViTModel):
         ),
         ("clip_vision_model", {"image_size": (32, 64)}, "cannot be built for pictures of 32x64.*squares"),
         ("resnet", {"patch_size": 4}, "ResNetConfig states no patch_size"),
-        ("granite_docling_vision", {"image_size": 48}, "does not run with pictures of 48x48"),
+        ("convnext", {"image_size": 16}, "does not run with pictures of 16x16"),
         ("gemma4_vision", {"image_size": 64}, "multiple of 24 pixels"),
     ],
 )
