@@ -46,8 +46,9 @@ def spec_for_native_views(spec: dict, vision_tower: nn.Module, layer: int | list
     except CompositionError as error:
         raise CompositionError(
             f'This vision tower takes pictures of {height}x{width} pixels, so views="native" cannot be used: {error}. Use '
-            'views="tiles" or views="slices", which show large pictures in several views of that size; or a tower that '
-            "takes any size, such as siglip2_vision_model (NaFlex), qwen2_5_vl_vision, dinov2 or clip_vision_model."
+            'views="tiles" or views="slices", which show large pictures in several views of that size, or views="resize"; '
+            "or a tower that takes any size, such as siglip2_vision_model (NaFlex), qwen2_5_vl_vision, dinov2 or "
+            "clip_vision_model."
         ) from error
 
 
