@@ -9,9 +9,11 @@ import torch
 from ..modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
 from ..processing.processing_anyvlm import AnyVlmProcessor
 from .alignment import AlignmentError, align
+from .distillation import distil
 from .layer_choice import best_layer
 from .pictures import Pictures
 from .report import SwapReport
+from .teaching import teach
 
 
 Swapped = tuple[AnyVlmForConditionalGeneration, AnyVlmProcessor]
@@ -81,14 +83,10 @@ class Fitting:
 
     def distil(self, old: Swapped, new: Swapped, report: SwapReport) -> bool:
         """Train the new tower's projector to do as the old path did; whether anything changed."""
-        from .distillation import distil
-
         return self._trained(distil, DISTILLATION_SECONDS, old, new, report)
 
     def teach(self, old: Swapped, new: Swapped, report: SwapReport) -> bool:
         """Train the projector so that the new language model answers as the old model; whether anything changed."""
-        from .teaching import teach
-
         return self._trained(teach, TEACHING_SECONDS, old, new, report)
 
     def _trained(self, train: Callable, seconds: float, old: Swapped, new: Swapped, report: SwapReport) -> bool:

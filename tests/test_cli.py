@@ -278,7 +278,7 @@ class TestCheck:
         code, out, _ = run(capsys, "check", *parts, "--views", views)
         assert code == 0 and "2000x500 pixels: 20 tokens" in out
         code, out, _ = run(capsys, "check", *parts, "--views", "native")
-        assert code == 1 and 'views="native" cannot be used' in out
+        assert code == 0 and "480x640 pixels: 972 tokens" in out
         code, _, err = run(capsys, "check", *parts, "--image-text", '{"begin": "<img>"}')
         assert code == 1 and "Unknown keys in image_text: begin" in err
         code, _, err = run(capsys, "check", *parts, "--image-text", "<img>")

@@ -133,3 +133,15 @@ def test_both_parts_at_once(trained):
     assert type(new.vision_tower).__name__ == "Dinov2Model" and type(new.language_model).__name__ == "Qwen3ForCausalLM"
     inputs = new_processor(text=["<image> w1"], images=pictures(1), return_tensors="pt")
     assert torch.isfinite(new(**inputs).logits).all()
+
+
+def test_a_frozen_model_is_swapped_and_stays_frozen(trained):
+    """As after a training of the projector alone."""
+    model, processor = trained
+    model.vision_tower.requires_grad_(False)
+    try:
+        new, _, _ = anyvlm.swap(model, processor, vision=vision_config("dinov2"), images=pictures(10), seconds=0)
+        assert not any(parameter.requires_grad for parameter in model.vision_tower.parameters())
+        assert all(parameter.requires_grad for parameter in new.multi_modal_projector.parameters())
+    finally:
+        model.vision_tower.requires_grad_(True)
