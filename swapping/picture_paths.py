@@ -9,6 +9,7 @@ from PIL import Image
 from torch import nn
 
 from ..configuration.image_tokens import Grid, image_grids
+from ..configuration.instructions import INSTRUCTION_KEYS
 from ..modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
 from ..modeling.picture_inputs import PROCESSOR_KEYS
 from ..modeling.vision_towers import call_vision_tower, read_features
@@ -40,7 +41,8 @@ class PicturePath:
     def features(self, inputs: dict[str, Any]) -> tuple[list[torch.Tensor], list[Grid]]:
         """Features `(places, hidden_size)` of every view of the pictures, before the projector, and their grids."""
         config, tower = self.model.config, self.model.vision_tower
-        outputs = {k: v for k, v in inputs.items() if k in PROCESSOR_KEYS}
+        # An instruction is read by the projector, not by the tower.
+        outputs = {k: v for k, v in inputs.items() if k in PROCESSOR_KEYS and k not in INSTRUCTION_KEYS}
         pixel_values = inputs["pixel_values"]
         grids = image_grids(config.vision_tower_spec, pixel_values, outputs)
         was_training = tower.training

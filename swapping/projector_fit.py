@@ -245,6 +245,8 @@ class LastLayerFit:
         ]
 
     def add(self, number: int, view: PairedView) -> None:
+        if view.tokens is not None and not view.tokens_reached.any():
+            return
         one = KeptViews(FOLDS)
         one.add(0, view)
         sums = last_layer_sums(self.core, self.core.output_layer, one.views)

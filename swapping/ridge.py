@@ -7,14 +7,19 @@ their own. Sums are float64: squares of float32 features lose half their digits,
 collinear.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 
+logger = logging.getLogger(__name__)
+
 #: Penalties that are tried, as multiples of the mean variance of the features.
 REGULARISATIONS = tuple(10.0 ** (exponent / 2) for exponent in range(-16, 7))
+#: The time of a solve grows with the cube of the width; from here on it is told.
+_WIDE = 4096
 
 
 class RidgeSums:
@@ -286,6 +291,10 @@ def solve(
         raise ValueError("Nothing can be held out of fewer than two sets of samples. Give more pictures.")
     if validated is None:
         validated = len(folds) if len(folds[0].xx) <= 1024 else 1
+    width = len(folds[0].xx)
+    if width > _WIDE:
+        seconds = 3 * validated * (width / 2048) ** 3
+        logger.warning("Solving for a map of %d features takes about %.0f minutes of one core.", width, seconds / 60)
     errors, scatter, first = torch.zeros(len(regularisations), dtype=torch.float64), 0.0, None
     for index in range(min(validated, len(folds))):
         train = total(folds[:index] + folds[index + 1 :])

@@ -242,6 +242,56 @@ def test_old_features_are_read_where_the_new_ones_lie():
     torch.testing.assert_close(view.old.view(4, 4, -1)[:, 1], expected, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize(
+    "old, new, settings, swap_settings",
+    [
+        ("qwen2_vl_vision", "clip_vision_model", {}, {}),
+        ("clip_vision_model", "siglip2_vision_model", {"projector": "linear"}, {}),
+        ("clip_vision_model", ("dinov2", "siglip_vision_model"), {}, {}),
+        ("videomae", "clip_vision_model", {}, {}),
+        ("clip_vision_model", "dinov2", {"fusion": "cross_attention"}, {}),
+        (
+            "clip_vision_model",
+            "dinov2",
+            {"views": {"type": "tiles", "layout": "dynamic", "max_tiles": 4}},
+            {"views": "resize"},
+        ),
+        ("clip_vision_model", "dinov2", {}, {"views": {"type": "tiles", "layout": "dynamic", "max_tiles": 4}}),
+        ("yolos", "yolos", {"vision_feature_select_strategy": "full"}, {"vision_feature_select_strategy": "full"}),
+        (
+            "clip_vision_model",
+            "dinov2",
+            {
+                "projector": {
+                    "type": "qformer",
+                    "reads_text": True,
+                    "num_queries": 4,
+                    "qformer_config": {
+                        "hidden_size": 16,
+                        "num_hidden_layers": 1,
+                        "num_attention_heads": 2,
+                        "intermediate_size": 16,
+                    },
+                }
+            },
+            {},
+        ),
+    ],
+    ids=["patches", "native", "fused", "clips", "fusion", "one_view", "tiles", "no_places", "reads_text"],
+)
+def test_ways_of_seeing_pictures(old, new, settings, swap_settings):
+    """Features of the new path say something about those of the old one at their places, whatever the views and shapes."""
+    model, processor = compose(old, **settings)
+    new = tuple(map(vision_config, new)) if isinstance(new, tuple) else vision_config(new)
+    new_model, new_processor = swap_vision_tower(model, processor, new, **swap_settings)
+    sizes = [(40, 48), (80, 50), (33, 90)] * 8
+    pictures = [picture.resize(size) for picture, size in zip(_pictures(24), sizes)]
+    result = align(model, processor, new_model, new_processor, pictures, progress=False)
+    assert result["explained_variance"] > 0.15
+    path = PicturePath(new_model, new_processor)
+    assert all(torch.isfinite(tokens).all() for tokens in path.tokens(path.inputs(pictures[:3])))
+
+
 def test_another_projector():
     """A new mlp: its first layer stays random, its last is solved for."""
     model, processor = compose("dinov2", projector="linear")

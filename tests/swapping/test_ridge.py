@@ -1,11 +1,14 @@
 """Streaming ridge regression against scikit-learn's, which sees all samples at once."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LinearRegression, Ridge
 from sklearn.metrics import r2_score
 
+from anyvlm.swapping import ridge
 from anyvlm.swapping.ridge import REGULARISATIONS, RidgePath, RidgeSums, fit, penalty, solve
 
 
@@ -171,3 +174,11 @@ def test_bad_input():
         sums.update(torch.zeros(4, 4), torch.zeros(4, 2))
     with pytest.raises(ValueError, match="two sets"):
         solve([sums, sums])
+
+
+def test_what_takes_minutes_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(ridge, "_WIDE", 8)
+    x, y = _samples()
+    with caplog.at_level(logging.WARNING):
+        solve([_sums(x[::2], y[::2]), _sums(x[1::2], y[1::2])])
+    assert "24 features" in caplog.text and "minutes" in caplog.text
