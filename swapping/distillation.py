@@ -7,6 +7,7 @@ The language model is not trained.
 
 import logging
 import math
+import random
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -20,8 +21,9 @@ from torch import nn
 from ..modeling.image_features import AnyVlmImageFeatures
 from .new_answers import NewPath
 from .old_answers import Example, ask, in_batches, prompts_of
+from .picture_mixtures import mixture
 from .picture_paths import PicturePath
-from .pictures import Pictures, variants
+from .pictures import Pictures
 
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,8 @@ PREPARATION_SHARE = 0.35
 #: Share of the pictures that are not trained on, by which the best weights are chosen.
 HELD_OUT_SHARE = 0.1
 MAX_HELD_OUT = 64
+#: How often each of them is looked at: the divergence of a few answers alone says little.
+HELD_OUT_VARIANTS = 4
 #: Examples that are kept in memory at most.
 MAX_EXAMPLES = 4000
 #: How often the held-out pictures are looked at.
@@ -64,12 +68,12 @@ def distil(
     steps: int | None = None,
     seed: int = 0,
     gradual: bool = True,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 3e-4,
     batch_size: int = 16,
-    num_variants: int = 4,
+    num_variants: int = 8,
     tower_layers: int = 0,
     token_weight: float = 1.0,
-    word_weight: float = 1.0,
+    word_weight: float = 3.0,
     max_new_tokens: int = 16,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -91,7 +95,8 @@ def distil(
             old to new in the first half, so that it never meets a jump.
         learning_rate: The highest one, after a few steps; it falls to zero along a cosine.
         batch_size: Pictures per step.
-        num_variants: How often each picture is looked at: as it is, and otherwise slightly changed.
+        num_variants: How often each picture is looked at: as it is, and otherwise changed and mixed with another one
+            (`picture_mixtures.py`), as far as a third of the time allows.
         tower_layers: How many of the last layers of the new tower are trained too, at a tenth of the learning rate. Its
             features can then not be kept from one step to the next.
         token_weight: Of the distance of the tokens, against the variance of the old ones.
@@ -100,10 +105,10 @@ def distil(
         progress: Show a progress bar.
 
     Returns:
-        `steps`, `seconds`, `losses` `[[step, loss], …]`; `agreement` `{"before", "after"}`, the share of held-out pictures
-        about which the new path gives word for word the old path's answer; `held_out_loss` and `token_error`, likewise
-        `{"before", "after"}`; `pictures`, `held_out_pictures`, `examples`, `trained_parameters`, `gradual`, and
-        `interrupted`.
+        `steps`, `seconds`, `losses` `[[step, loss], …]`; `agreement` `{"before", "after"}`, the share of held-out pictures,
+        as they are and changed, about which the new path gives word for word the old path's answer; `held_out_loss` and
+        `token_error`, likewise `{"before", "after"}`; `pictures`, `held_out_pictures`, `examples`, `trained_parameters`,
+        `gradual`, and `interrupted`.
 
     Raises:
         ValueError: fewer than two pictures, neither `seconds` nor `steps`, or two models with different language models.
@@ -135,7 +140,7 @@ def distil(
         "losses": run.losses,
         **{key: {"before": run.before[key], "after": after[key]} for key in keys},
         "pictures": len({example.picture for example in examples}),
-        "held_out_pictures": len(held_out),
+        "held_out_pictures": len({example.picture for example in held_out}),
         "examples": len(examples),
         "trained_parameters": sum(parameter.numel() for parameter in parameters),
         "gradual": gradual and run.comparable,
@@ -165,16 +170,18 @@ def _examples(
     held_out_numbers = {originals[index][0] for index in order[:count]}
     # In random order, so that what there is time for is a sample of all.
     originals = [originals[index] for index in order]
+    # Held-out pictures are mixed among themselves.
+    split = {True: originals[:count], False: originals[count:]}
+    chance = random.Random(settings.seed)
     until = math.inf if settings.seconds is None else started + PREPARATION_SHARE * settings.seconds
     examples, held_out = [], []
-    total = min(MAX_EXAMPLES, count + (len(originals) - count) * num_variants)
+    total = min(MAX_EXAMPLES, count * min(num_variants, HELD_OUT_VARIANTS) + (len(originals) - count) * num_variants)
     task = bar.add_task("Looking at pictures", total=total, note="")
     for variant in range(num_variants):
-        chosen = originals if variant == 0 else originals[count:]
-        for batch in in_batches(chosen, settings.batch_size):
+        for batch in in_batches(originals[0 if variant < HELD_OUT_VARIANTS else count :], settings.batch_size):
             if variant > 0:
                 batch = [
-                    (number, list(variants(picture, variant + 1, seed=settings.seed + number))[variant])
+                    (number, mixture(picture, chance.choice(split[number in held_out_numbers])[1], chance))
                     for number, picture in batch
                 ]
             asked = ask(old, batch, prompts, max_new_tokens, seed=settings.seed + variant)
