@@ -168,7 +168,7 @@ def _draw_ways(axes: Any, candidates: list[dict], alignment: dict, lowest: float
         regularisation = entry.get("regularisation")
         axes.text(0.01, row - 0.23, _cut(_way(entry), 58), va="bottom", fontsize=9)
         number = f"{100 * explained:.1f} %{'  chosen' if chosen else ''}"
-        number += "" if regularisation is None else f"  (λ {regularisation:.2g})"
+        number += "" if regularisation is None else f"  (λ {regularisation:.3g})"
         # Beside the bar, or in it where there is no room.
         inside = explained > 0.7
         place = {"ha": "right", "color": "white"} if inside else {"ha": "left", "color": colour}

@@ -241,8 +241,7 @@ cli.main(sys.argv[2:])
 """
 
 
-@pytest.mark.parametrize("moment", ["aligning", "saving"])
-@pytest.mark.parametrize("name", ["SIGINT", "SIGKILL"])
+@pytest.mark.parametrize(("name", "moment"), [("SIGINT", "aligning"), ("SIGKILL", "saving")])
 def test_stopped_at_any_moment_nothing_half_is_left(capsys, folders, tmp_path, name, moment):
     before = contents(folders / "source")
     arguments = ["swap", folders / "source", "--vision", folders / "tower", "--output", tmp_path / "new"]

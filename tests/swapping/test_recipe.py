@@ -43,7 +43,7 @@ CASES = {
 }
 
 
-@pytest.fixture(params=CASES.values(), ids=CASES.keys())
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
 def case(request):
     swapped, changes, arguments = request.param
     model, _ = compose(**arguments)
