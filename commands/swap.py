@@ -139,6 +139,11 @@ def swap(
     with written_aside(output) as partial:
         with progress.status(f"Loading {source}…"), naming(source):
             model, processor = load_composed(source, trust_remote_code, None if dtype is Dtype.auto else dtype.value)
+        if images is not None and model.device.type == "cpu" and model.dtype.itemsize < 4:
+            name = str(model.dtype).removeprefix("torch.")
+            progress.print(
+                f"The weights are {name}, which is slow on a CPU: --dtype float32 is faster.", style="yellow"
+            )
         # No status here: what takes long shows bars of its own.
         new = " and ".join([*(vision or []), *([text] if text else [])]) or "the same tower for other pictures"
         progress.print(f"Swapping in {new}…", markup=False, highlight=False)

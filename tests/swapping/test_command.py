@@ -171,7 +171,10 @@ class TestArguments:
             "seed": 7,
         }
         arguments = ["--vision", "a", "--images", folders / "images", "--no-distillation", "-o", tmp_path / "other"]
-        assert run(capsys, folders / "source", *arguments)[0] == 0
+        code, _, err = run(capsys, folders / "source", *arguments)
+        assert code == 0 and "slow on a CPU" not in err
+        _, _, err = run(capsys, folders / "source", *arguments, "--dtype", "float16", "--overwrite")
+        assert "slow on a CPU: --dtype float32" in " ".join(err.split()) or torch.cuda.is_available()
         assert seen["seconds"] == 0 and seen["steps"] is seen["vision_feature_layer"] is None
         assert seen["image_tokens"] == "keep" and seen["vision"] == "a"
 
