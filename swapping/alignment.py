@@ -14,6 +14,7 @@ so that for a linear projector both targets give the same map where the penalty 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ def align(
     if not isinstance(images, Pictures):
         images = Pictures(images, limit=limit, seed=seed, num_variants=num_variants)
     projector_fit = (LastLayerFit if is_replaced else FeatureFit)(pairs, new_model)
-    with _progress(images.num_pictures, progress) as advance:
+    with _progress(images.num_pictures, progress) as (advance, say):
         number, last = -1, None
         for batch in images.batches(batch_size):
             before, numbers = number, []
@@ -104,12 +105,13 @@ def align(
             for view in pairs([picture for _, picture in batch]):
                 projector_fit.add(numbers[view.picture], view)
             advance(number - before)
-    if number < 1:
-        raise AlignmentError("One picture is not enough, as some are held out. Give ten, or better a hundred.")
-    candidates = projector_fit.candidates()
-    best = max(candidates, key=lambda candidate: candidate.explained_variance)
-    module = best.build(True)
-    gap = _modality_gap(new_model, projector_fit.kept, module)
+        say("solving")
+        if number < 1:
+            raise AlignmentError("One picture is not enough, as some are held out. Give ten, or better a hundred.")
+        candidates = projector_fit.candidates()
+        best = max(candidates, key=lambda candidate: candidate.explained_variance)
+        module = best.build(True)
+        gap = _modality_gap(new_model, projector_fit.kept, module)
     projector_fit.write(module, new_model, new_processor)
     return {
         "pictures": number + 1,
@@ -151,7 +153,7 @@ def _progress(number: int | None, shown: bool) -> Iterator:
     times = (TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, *times, console=Console(stderr=True), disable=not shown) as progress:
         task = progress.add_task("aligning", total=number)
-        yield lambda pictures: progress.advance(task, pictures)
+        yield partial(progress.advance, task), lambda what: progress.update(task, description=what)
 
 
 __all__ = ["AlignmentError", "align"]
