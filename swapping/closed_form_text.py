@@ -23,7 +23,7 @@ from .tuned_prompts import tune_prompts
 
 STARTS = ("closed_form", "kept")
 #: Pictures that are fitted to; more make the last layer hardly better.
-MAX_FITTED = 1024
+MAX_FITTED = 512
 BATCH_SIZE = 32
 FOLDS = 4
 #: Words of the old language model that an image token is read as.

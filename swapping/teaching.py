@@ -14,10 +14,8 @@ import random
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
@@ -28,6 +26,7 @@ from .picture_paths import PicturePath
 from .pictures import Pictures
 from .student import Student
 from .teacher_answers import Teacher, TeacherAnswer, compare_answers
+from .teaching_run import Limits, TeachingRun
 
 
 logger = logging.getLogger(__name__)
@@ -39,9 +38,6 @@ MAX_PICTURES = 4096
 PREPARATION_SHARE = 0.35
 HELD_OUT_SHARE = 0.1
 MAX_HELD_OUT = 96
-#: How often the held-out pictures are looked at.
-EVALUATIONS = 16
-WARM_UP_STEPS = 10
 ANSWER_BATCH_SIZE = 64
 
 
@@ -57,7 +53,7 @@ def teach(
     steps: int | None = None,
     start: str = "closed_form",
     seed: int = 0,
-    learning_rate: float = 2e-2,
+    learning_rate: float = 0.15,
     batch_size: int = 32,
     max_pictures: int = MAX_PICTURES,
     max_new_tokens: int = 32,
@@ -78,7 +74,8 @@ def teach(
         start: `"closed_form"`: the last layer is solved for (`closed_form_text.py`) from what the old model answered;
             `"kept"`: it stays as it came.
         seed: For the order, and which pictures are held out.
-        learning_rate: The highest one, after a few steps; it falls to zero along a cosine.
+        learning_rate: The highest one, after a few steps, as a share of the weights' size (`whitened_layers.py`); it falls
+            to zero along a cosine.
         batch_size: Pictures per step.
         max_pictures: Most pictures that are looked at; a random sample of more.
         max_new_tokens: Longest answer of the old model, in its tokens.
@@ -107,9 +104,8 @@ def teach(
         held_out, lessons = _split(lessons, seed)
         compare_answers(lessons)
         student = Student(new_model, new_processor, cached)
-        run = _Run(
-            student, lessons, held_out, parameters, _Limits(seconds, steps, started), learning_rate, batch_size, seed
-        )
+        limits = Limits(seconds, steps, started)
+        run = TeachingRun(student, lessons, held_out, limits, learning_rate, batch_size, seed)
         before = run.measure()
         solved = None
         if start == "closed_form":
@@ -192,92 +188,6 @@ def _split(lessons: list[TeacherAnswer], seed: int) -> tuple[list[TeacherAnswer]
     order = random.Random(seed).sample(lessons, len(lessons))
     count = min(MAX_HELD_OUT, max(1, round(HELD_OUT_SHARE * len(lessons))))
     return order[:count], order[count:]
-
-
-@dataclass
-class _Limits:
-    """When training ends."""
-
-    seconds: float | None
-    steps: int | None
-    started: float
-
-    def progress(self, step: int, first_step: float) -> float:
-        """From 0 at the first step to 1 at the end."""
-        by_steps = 0.0 if self.steps is None else step / max(self.steps, 1) if self.steps else 1.0
-        if self.seconds is None:
-            return by_steps
-        end = self.started + self.seconds
-        return max(by_steps, (time.monotonic() - first_step) / max(end - first_step, 1e-3))
-
-
-class _Run:
-    """The training itself; keeps the projector that was best on held-out pictures."""
-
-    def __init__(self, student, lessons, held_out, parameters, limits, learning_rate, batch_size, seed):
-        self.student, self.lessons, self.held_out = student, lessons, held_out
-        self.parameters, self.limits = parameters, limits
-        self.learning_rate, self.batch_size = learning_rate, batch_size
-        self.chance = random.Random(seed)
-        self.optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-        self.step, self.queue = 0, []
-        self.losses: list[list[float]] = []
-        self.held_out_losses: list[list[float]] = []
-
-    def measure(self) -> dict[str, float]:
-        """On held-out pictures: how often the old answer is given, and the loss of its words."""
-        return self.student.measure(self.held_out, self.batch_size)
-
-    def train(self, bar: Progress) -> bool:
-        """Train to the end; `True` if interrupted. The best projector is in place afterwards."""
-        self.first = self._keep_if_better(math.inf)
-        first_step, evaluated, interrupted = time.monotonic(), 0, False
-        task = bar.add_task("Teaching", total=1.0, note="")
-        try:
-            while (progress := self.limits.progress(self.step, first_step)) < 1:
-                loss = self._train_step(progress)
-                self.step += 1
-                if self.step == 1 or self.step % 10 == 0:
-                    self.losses.append([self.step, loss])
-                    bar.update(task, completed=progress, note=f"loss {loss:.3f}")
-                if progress * EVALUATIONS >= evaluated + 1:
-                    evaluated += 1
-                    self._keep_if_better(self.best[0])
-            if self.step:
-                self._keep_if_better(self.best[0])
-        except KeyboardInterrupt:
-            interrupted = True
-        with torch.no_grad():
-            for parameter, value in zip(self.parameters, self.best[1]):
-                parameter.copy_(value)
-        bar.update(task, completed=1.0)
-        return interrupted
-
-    def _keep_if_better(self, best: float) -> dict[str, float]:
-        measured = self.measure()
-        seconds = time.monotonic() - self.limits.started
-        self.held_out_losses.append([self.step, measured["held_out_loss"], seconds])
-        if measured["held_out_loss"] < best:
-            self.best = (measured["held_out_loss"], [parameter.detach().clone() for parameter in self.parameters])
-        return measured
-
-    def _train_step(self, progress: float) -> float:
-        warm = min(1.0, (self.step + 1) / WARM_UP_STEPS)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-        if len(self.queue) < self.batch_size:
-            self.queue += self.chance.sample(self.lessons, len(self.lessons))
-        batch, self.queue = self.queue[: self.batch_size], self.queue[self.batch_size :]
-        loss = self.student.loss(batch, [self._drawn(lesson) for lesson in batch])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(loss.detach())
-
-    def _drawn(self, lesson: TeacherAnswer) -> str:
-        """An answer, drawn by the old model's own probabilities: in the mean the student learns all of them."""
-        return self.chance.choices(list(lesson.probabilities), list(lesson.probabilities.values()))[0]
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from anyvlm.swapping.student import Student
 from anyvlm.swapping.teacher_answers import Teacher, TeacherAnswer, compare_answers
 from anyvlm.swapping.teaching import teach
 from anyvlm.swapping.text_swap import swap_language_model
+from anyvlm.swapping.whitened_layers import whitened_layers
 
 
 QUESTIONS = ["w1 w2 ?", "w3 ?"]
@@ -228,7 +229,7 @@ def test_the_best_projector_stays_when_interrupted(models, monkeypatch):
         max_new_tokens=3, progress=False, texts=QUESTIONS,
     )  # fmt: skip
     assert report["interrupted"] and report["steps"] == 2
-    # No step was evaluated yet, so the best is what it came with.
+    # No step was evaluated yet, so the best is what it came with, bit for bit.
     for name, tensor in new_model.multi_modal_projector.state_dict().items():
         assert torch.equal(tensor, before[name])
     assert math.isclose(report["held_out_loss"]["after"], report["held_out_loss"]["before"], rel_tol=1e-6)
@@ -318,3 +319,26 @@ def test_a_model_whose_tower_was_frozen_is_swapped():
     new_model, _ = swap_language_model(model, processor, language_model, tokenizer=tokenizer)
     assert new_model.vision_tower is model.vision_tower
     assert not any(parameter.requires_grad for parameter in new_model.vision_tower.parameters())
+
+
+def test_whitened_layers_compute_what_they_did():
+    """And afterwards they are ordinary layers; in between, inputs have the moments of whitened ones."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.GELU(), torch.nn.Linear(5, 3), torch.nn.LayerNorm(3))
+    features = torch.randn(2, 50, 6) @ torch.randn(6, 6) + torch.randn(6)
+    wanted, names = module(features), [name for name, _ in module.named_parameters()]
+    with whitened_layers(module, lambda: module(features)) as groups:
+        torch.testing.assert_close(module(features), wanted)
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        assert {id(one) for one in parameters} == {id(one) for one in module.parameters()} and len(parameters) == 6
+        # A step in whitened coordinates moves outputs as far in directions of little variance as in others.
+        seen = features.flatten(0, 1) @ module[0].parametrizations.weight[0].transform.T
+        moments = seen.T @ seen / len(seen)
+        assert float((moments - torch.eye(6)).abs().max()) < 0.5
+        with torch.no_grad():
+            module[0].parametrizations.weight.original.add_(0.1)
+        changed = module(features)
+    assert sorted(name for name, _ in module.named_parameters()) == sorted(names)
+    assert all(isinstance(parameter, torch.nn.Parameter) for parameter in module.parameters())
+    torch.testing.assert_close(module(features), changed)
+    assert not torch.allclose(changed, wanted)
