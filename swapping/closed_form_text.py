@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .cached_pictures import CachedPictures
 from .ridge import RidgeSums, solve
 from .student import Student
 from .teacher_answers import TeacherAnswer
@@ -30,13 +31,16 @@ FOLDS = 4
 READ_WORDS = 8
 
 
-def solve_last_layer(student: Student, lessons: Sequence[TeacherAnswer], held_out: Sequence[TeacherAnswer]) -> dict:
+def solve_last_layer(
+    student: Student, lessons: Sequence[TeacherAnswer], held_out: Sequence[TeacherAnswer], seen: CachedPictures
+) -> dict[str, Any]:
     """Give the projector's last layer the best of the closed forms, if that is better than what it has.
 
     Args:
         student: Whose projector is changed, in place.
         lessons: To fit to, with `probabilities`.
         held_out: To choose by.
+        seen: The same pictures as the old model sees them.
 
     Returns:
         `kind`: `"kept"` or one of `TARGETS`; `candidates`: each with its `held_out_loss`, and the `explained_variance` of
@@ -54,7 +58,7 @@ def solve_last_layer(student: Student, lessons: Sequence[TeacherAnswer], held_ou
     else:
         kept = [parameter.detach().clone() for parameter in layer.parameters()]
         for kind, prepared in TARGETS.items():
-            targets = prepared(student, lessons)
+            targets = prepared(student, lessons, seen)
             if targets is None:
                 continue
             explained = _fit(student, layer, lessons, targets)
@@ -160,14 +164,15 @@ class _TokensAsWords:
     the new one's embeddings (the "logit lens" of nostalgebraist 2020, on image tokens)."""
 
     student: Student
+    seen: CachedPictures
 
     def __post_init__(self):
         self._embedded: dict[int, torch.Tensor] = {}
 
     def __call__(self, lessons: Sequence[TeacherAnswer], counts: Sequence[int]) -> torch.Tensor:
-        old = self.student.pictures.path
+        old = self.seen.path
         indices = [lesson.picture for lesson in lessons]
-        tokens = torch.cat(list(self.student.pictures.encoded(indices, old.model).pooler_output))
+        tokens = torch.cat(list(self.seen.encoded(indices, old.model).pooler_output))
         logits = old.model.get_output_embeddings()(tokens).float()
         top = logits.topk(min(READ_WORDS, logits.shape[-1]), dim=-1)
         weights = top.values.softmax(-1)
@@ -189,7 +194,18 @@ class _TokensAsWords:
         return self._embedded[token]
 
 
-def _tuned_prompts(student: Student, lessons: Sequence[TeacherAnswer]) -> Callable | None:
+@torch.no_grad()
+def _tokens_as_words(student: Student, lessons: Sequence[TeacherAnswer], seen: CachedPictures) -> Callable | None:
+    """`None` where the old tower gave another number of tokens."""
+    indices = [lesson.picture for lesson in lessons]
+    old, new = (one.encoded(indices, one_model).pooler_output for one, one_model in (
+        (seen, seen.path.model), (student.pictures, student.model)
+    ))  # fmt: skip
+    same = all(len(one) == len(other) for one, other in zip(old, new, strict=True))
+    return _TokensAsWords(student, seen) if same else None
+
+
+def _tuned_prompts(student: Student, lessons: Sequence[TeacherAnswer], seen: CachedPictures) -> Callable | None:
     """Prompts tuned for each answer by itself, mixed by the answers' probabilities; `None` if there are too many answers.
 
     The one idea here that takes gradient steps, few of them and on the answers' texts alone.
@@ -208,9 +224,9 @@ def _tuned_prompts(student: Student, lessons: Sequence[TeacherAnswer]) -> Callab
 
 
 #: What an image token should be like, by name; each makes, of a student and its lessons, what gives the targets of a batch.
-TARGETS: dict[str, Callable[[Student, Sequence[TeacherAnswer]], Callable | None]] = {
-    "answer_words": lambda student, lessons: _AnswerWords(student, in_order=True),
-    "mean_answer_word": lambda student, lessons: _AnswerWords(student, in_order=False),
-    "tokens_as_words": lambda student, lessons: _TokensAsWords(student),
+TARGETS: dict[str, Callable[[Student, Sequence[TeacherAnswer], CachedPictures], Callable | None]] = {
+    "answer_words": lambda student, lessons, seen: _AnswerWords(student, in_order=True),
+    "mean_answer_word": lambda student, lessons, seen: _AnswerWords(student, in_order=False),
+    "tokens_as_words": _tokens_as_words,
     "tuned_prompts": _tuned_prompts,
 }

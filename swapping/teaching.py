@@ -66,7 +66,7 @@ def teach(
 
     Args:
         old_model, old_processor: The trained model.
-        new_model, new_processor: The same with another language model (`swap_language_model`): the vision tower is the same.
+        new_model, new_processor: The same with another language model (`swap_language_model`), and another tower or not.
         pictures: Without labels, as `Pictures` takes them.
         texts: Questions to ask, such as users will ask; pictures get them in turn. Default: plain ones (`QUESTIONS`).
         seconds: Time for all of it by the clock, the old model's answers included; `None` for no limit.
@@ -90,26 +90,27 @@ def teach(
         `interrupted`.
 
     Raises:
-        ValueError: fewer than two pictures, neither `seconds` nor `steps`, another vision tower, a projector without
-            parameters, or an unknown start.
+        ValueError: fewer than two pictures, neither `seconds` nor `steps`, a projector without parameters, or an unknown
+            start.
     """
-    _check(old_model, new_model, seconds, steps, start)
+    _check(seconds, steps, start)
     questions = _questions(texts)
     started = time.monotonic()
     with _only_projector_trained(old_model, new_model) as parameters, _bar(progress) as bar:
         source = Pictures(pictures, limit=max_pictures, seed=seed)
         until = math.inf if seconds is None else started + PREPARATION_SHARE * seconds
-        cached = CachedPictures(PicturePath(old_model, old_processor))
-        lessons = _ask(cached, source, questions, max_new_tokens, until, seed, bar)
+        seen = CachedPictures(PicturePath(old_model, old_processor))
+        own = seen if _sees_the_same(old_model, new_model) else CachedPictures(PicturePath(new_model, new_processor))
+        lessons = _ask(seen, own, source, questions, max_new_tokens, until, seed, bar)
         held_out, lessons = _split(lessons, seed)
         compare_answers(lessons)
-        student = Student(new_model, new_processor, cached)
+        student = Student(new_model, new_processor, own)
         limits = Limits(seconds, steps, started)
         run = TeachingRun(student, lessons, held_out, limits, learning_rate, batch_size, seed)
         before = run.measure()
         solved = None
         if start == "closed_form":
-            solved = solve_last_layer(student, lessons, held_out)
+            solved = solve_last_layer(student, lessons, held_out, seen)
         prepared = time.monotonic()
         interrupted = run.train(bar)
         after = run.measure()
@@ -124,7 +125,7 @@ def teach(
         **{key: {"before": before[key], "started": run.first[key], "after": after[key]} for key in before},
         "start": start,
         "solved": solved,
-        "pictures": len(cached),
+        "pictures": len(seen),
         "held_out_pictures": len(held_out),
         "answers": len({lesson.answer for lesson in lessons}),
         "trained_parameters": sum(parameter.numel() for parameter in parameters),
@@ -132,16 +133,11 @@ def teach(
     }
 
 
-def _check(old_model, new_model, seconds: float | None, steps: int | None, start: str) -> None:
+def _check(seconds: float | None, steps: int | None, start: str) -> None:
     if seconds is None and steps is None:
         raise ValueError("Pass seconds=…, steps=…, or both: something must end the teaching.")
     if start not in STARTS:
         raise ValueError(f"Unknown start {start!r}. Choose one of: {', '.join(STARTS)}.")
-    if old_model.vision_tower is not new_model.vision_tower:
-        raise ValueError(
-            "Both models must hold the same vision tower, as after a swap of the language model alone. After a swap of the "
-            "tower its tokens are aligned and distilled instead; to swap both, do one after the other."
-        )
 
 
 def _questions(texts: Sequence[str] | None) -> list[str]:
@@ -153,8 +149,16 @@ def _questions(texts: Sequence[str] | None) -> list[str]:
     return list(questions)
 
 
+def _sees_the_same(old_model, new_model) -> bool:
+    """Whether both models' towers give the same features, so that one of them need not look."""
+    keys = ("vision_tower_spec", "vision_feature_layer", "vision_feature_select_strategy", "image_views")
+    same = all(getattr(old_model.config, key) == getattr(new_model.config, key) for key in keys)
+    return same and old_model.vision_tower is new_model.vision_tower
+
+
 def _ask(
-    cached: CachedPictures,
+    seen: CachedPictures,
+    own: CachedPictures,
     source: Pictures,
     questions: Sequence[str],
     max_new_tokens: int,
@@ -163,11 +167,14 @@ def _ask(
     bar: Progress,
 ) -> list[TeacherAnswer]:
     """The old model's answers, about each picture one; as many as there is time for, at least one batch."""
-    teacher = Teacher(cached, max_new_tokens)
+    teacher = Teacher(seen, max_new_tokens)
     task = bar.add_task("The old model answers", total=source.num_pictures, note="")
     lessons: list[TeacherAnswer] = []
     for batch in source.batches(ANSWER_BATCH_SIZE):
-        indices = cached.add([picture for _, picture in batch])
+        images = [picture for _, picture in batch]
+        indices = seen.add(images)
+        if own is not seen:
+            own.add(images)
         lessons += teacher.answer(indices, [questions[index % len(questions)] for index in indices])
         bar.update(task, completed=len(lessons))
         if time.monotonic() > until:

@@ -246,9 +246,21 @@ def test_what_cannot_be_taught_is_refused(models):
         teach(*arguments, _pictures(4), texts="What is this?")
     with pytest.raises(ValueError, match="at least two pictures"):
         teach(*arguments, _pictures(1), texts=QUESTIONS, progress=False)
-    other_tower = compose("clip_vision_model", "gpt2")
-    with pytest.raises(ValueError, match="same vision tower"):
-        teach(old_model, old_processor, *other_tower, _pictures(4))
+
+
+def test_both_parts_swapped_are_taught_by_the_old_tower():
+    """The old model answers through its own tower; the new one learns with its own."""
+    old_model, old_processor = compose("clip_vision_model", "llama")
+    make_sensitive(old_model)
+    new_model, new_processor = compose("dinov2", "gpt2")
+    before = {name: tensor.clone() for name, tensor in new_model.state_dict().items()}
+    report = teach(
+        old_model, old_processor, new_model, new_processor, _pictures(20), seconds=None, steps=10, texts=QUESTIONS,
+        max_new_tokens=2, progress=False,
+    )  # fmt: skip
+    assert report["held_out_loss"]["after"] < report["held_out_loss"]["before"]
+    for name, tensor in new_model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (not name.startswith("multi_modal_projector.")), name
 
 
 def _lessons(models, pictures):
@@ -284,7 +296,7 @@ def test_the_closed_form_that_reads_best_is_kept(models):
     cached, lessons = _lessons(models, _pictures(24))
     student = Student(new_model, new_processor, cached)
     before = copy.deepcopy(new_model.state_dict())
-    solved = solve_last_layer(student, lessons[4:], lessons[:4])
+    solved = solve_last_layer(student, lessons[4:], lessons[:4], cached)
     losses = {one["kind"]: one["held_out_loss"] for one in solved["candidates"]}
     assert set(losses) == {"kept", *TARGETS}
     assert solved["kind"] == min(losses, key=losses.get)
@@ -307,7 +319,9 @@ def test_words_of_old_tokens_are_spelled_in_the_new_embeddings(models):
         cached.encoded = lambda indices, model: AnyVlmImageFeatures(
             pooler_output=[certain.expand(16, -1)] * len(indices)
         )
-        found = TARGETS["tokens_as_words"](Student(new_model, new_processor, cached), lessons)(lessons, [16, 16])
+        found = TARGETS["tokens_as_words"](Student(new_model, new_processor, cached), lessons, cached)(
+            lessons, [16, 16]
+        )
     wanted = new_model.get_input_embeddings().weight[new_processor.tokenizer.convert_tokens_to_ids("w9")]
     torch.testing.assert_close(found, wanted.expand(32, -1))
 
