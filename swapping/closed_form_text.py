@@ -198,10 +198,9 @@ class _TokensAsWords:
 def _tokens_as_words(student: Student, lessons: Sequence[TeacherAnswer], seen: CachedPictures) -> Callable | None:
     """`None` where the old tower gave another number of tokens."""
     indices = [lesson.picture for lesson in lessons]
-    old, new = (one.encoded(indices, one_model).pooler_output for one, one_model in (
-        (seen, seen.path.model), (student.pictures, student.model)
-    ))  # fmt: skip
-    same = all(len(one) == len(other) for one, other in zip(old, new, strict=True))
+    old = seen.encoded(indices, seen.path.model).pooler_output
+    new = student.encoded(lessons).pooler_output
+    same = [len(tokens) for tokens in old] == [len(tokens) for tokens in new]
     return _TokensAsWords(student, seen) if same else None
 
 

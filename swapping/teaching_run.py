@@ -11,6 +11,7 @@ import torch
 from rich.progress import Progress
 from torch.nn.utils import parametrize
 
+from ..composition.starting_scale import embedding_rms
 from .student import Student
 from .teacher_answers import TeacherAnswer
 from .whitened_layers import whitened_layers
@@ -19,6 +20,10 @@ from .whitened_layers import whitened_layers
 #: How often the held-out pictures are looked at.
 EVALUATIONS = 16
 WARM_UP_STEPS = 10
+#: Largest image tokens, against the size of the text's embeddings; a projector trained with its language model ended at 14.
+MAX_TOKEN_SIZE = 16.0
+#: Steps between two looks at it.
+SIZE_STEPS = 10
 #: Pictures that whitening is measured on.
 WHITENED_PICTURES = 512
 
@@ -69,6 +74,12 @@ class TeachingRun:
     def train(self, bar: Progress) -> bool:
         """Train to the end; `True` if interrupted. The best projector is in place afterwards."""
         self.best = math.inf, self._copied()
+        with torch.no_grad():
+            tokens = torch.cat(list(self.student.encoded(self.lessons[: self.batch_size]).pooler_output)).float()
+            self.largest = max(
+                MAX_TOKEN_SIZE * float(embedding_rms(self.student.model.language_model)),
+                float(tokens.square().mean().sqrt()),
+            )
         self.first = self._keep_if_better()
         try:
             with whitened_layers(self.projector, self._look) as groups:
@@ -133,8 +144,23 @@ class TeachingRun:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.projector.parameters(), 1.0)
         self.optimizer.step()
+        if self.step % SIZE_STEPS == 0:
+            self._limit_size(batch)
         self.optimizer.zero_grad()
         return float(loss.detach())
+
+    @torch.no_grad()
+    def _limit_size(self, batch: Sequence[TeacherAnswer]) -> None:
+        """Scale tokens down that grew too large: a language model with norms sees their direction, and little of their
+        size, so nothing else keeps them from growing with every step."""
+        layer = self.projector.output_layer
+        if layer is None:
+            return
+        tokens = torch.cat(list(self.student.encoded(batch).pooler_output)).float()
+        factor = float(self.largest / tokens.square().mean().sqrt().clamp(min=1e-12))
+        if factor < 1:
+            for parameter in layer.parameters():
+                parameter.mul_(factor)
 
     def _drawn(self, lesson: TeacherAnswer) -> str:
         """An answer, drawn by the old model's own probabilities: in the mean the student learns all of them."""

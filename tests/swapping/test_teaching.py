@@ -11,6 +11,7 @@ from tiny_parts import VOCABULARY, compose, make_sensitive, text_config, tiny_to
 from transformers import AutoModelForCausalLM
 
 import anyvlm
+from anyvlm.composition.starting_scale import embedding_rms
 from anyvlm.modeling.image_features import AnyVlmImageFeatures
 from anyvlm.swapping.cached_pictures import CachedPictures
 from anyvlm.swapping.closed_form_text import TARGETS, _fit, solve_last_layer
@@ -205,6 +206,9 @@ def test_teaching_changes_the_projector_alone_and_lowers_the_loss(models, start)
         assert torch.equal(tensor, before[name]) == (not name.startswith("multi_modal_projector.")), name
     assert all(torch.equal(tensor, old_state[name]) for name, tensor in old_model.state_dict().items())
     assert {name: parameter.requires_grad for name, parameter in new_model.named_parameters()} == required
+    path = PicturePath(new_model, new_processor)
+    tokens = torch.cat(path.tokens(path.inputs(_pictures(8))))
+    assert float(tokens.square().mean().sqrt()) < 20 * float(embedding_rms(language_model))
     vocabulary = bare.config.vocab_size
     assert torch.equal(new_model(**text).logits[..., :vocabulary], bare(**text).logits)
 
