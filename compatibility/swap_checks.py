@@ -51,12 +51,8 @@ USUAL = ("mlp", "embed", "resize")
 SWAP_VIEWS = {**VIEWS, "own sizes": None}
 #: Those of which pictures are not brought to one size.
 OWN_SIZES = ("native", "own sizes")
-#: What a refused swap is tried with again. A reason must name what works.
-WAYS_OUT: dict[str, dict[str, Any]] = {
-    "projector": {"projector": {"type": "mlp"}},
-    "views": {"views": "resize"},
-    "projector and views": {"projector": {"type": "mlp"}, "views": "resize"},
-}
+#: What is tried again with a refused swap whose reason names it.
+WAYS_OUT: dict[str, Any] = {"views": "resize", "projector": {"type": "mlp"}}
 
 
 def join_name(projector: str, fusion: str, views: str) -> str:
@@ -351,20 +347,24 @@ def _trained(old_type: str, text_type: str, join: str, seed: int) -> tuple[Compo
 
 
 def _find_way_out(result: PairResult, old: ComposedModel, tower, new_type: str) -> None:
-    """Try again with what a reason may name. It fails if nothing works or the reason does not say what does."""
-    for name, arguments in WAYS_OUT.items():
+    """Do as the reason says, and as the next one says, until it works. It fails if a reason names nothing more to do."""
+    arguments: dict[str, Any] = {}
+    reason = result.reason
+    while True:
+        named = [name for name in WAYS_OUT if name in reason.lower() and name not in arguments]
+        if not named:
+            result.failed["builds"] = f"{result.reason} (With {arguments}: {reason})" if arguments else reason
+            return
+        arguments[named[0]] = WAYS_OUT[named[0]]
         try:
             swap = Swap(old, tower, tiny_configs.picture_size(new_type), **arguments)
-        except CompositionError:
+        except CompositionError as error:
+            reason = one_line(error)
             continue
-        result.details["works_with"] = name
-        missing = [word for word in arguments if word not in result.reason.lower()]
-        if missing:
-            result.failed["builds"] = f"{result.reason} (It works with another {name}, which this does not say.)"
+        result.details["works_with"] = arguments
         result.failed |= _run_checks(swap, fresh=False)
         result.details["alignment"] = swap.alignment
         return
-    result.failed["builds"] = f"{result.reason} (Nothing else works either.)"
 
 
 def _details(swap: Swap) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from .combination_table import SEPARATOR
 from .pair_checks import FAILS, NOT_TRIED, REFUSED, WORKS
-from .swap_checks import SWAP_CHECKS, WAYS_OUT
+from .swap_checks import SWAP_CHECKS
 from .table import markdown_rows
 
 
@@ -56,8 +56,8 @@ def swaps_to_markdown(table: dict[str, Any]) -> str:
         f"Of {len(swaps)} swaps, **{counts[WORKS]} work, {counts[REFUSED]} are refused** with the reason, and "
         f"{counts[FAILS]} fail. One works when it passes all of these:",
         "\n".join(f"{number}. {meaning}" for number, meaning in enumerate(SWAP_CHECKS.values(), 1)),
-        "One that is refused was tried again with another projector, with whole pictures, or with both; what works must be "
-        "named by the reason, and passes the same checks.",
+        "One that is refused was tried again with what its reason names, another projector or whole pictures, and passes the "
+        "same checks then.",
         "## What became of the projectors",
         markdown_rows(
             ["of the swaps that work", "number"],
@@ -120,18 +120,17 @@ def _reasons(swaps: list[Result]) -> str:
     for row in swaps:
         if row["status"] != WORKS:
             name = f"`{row['old']}` → `{row['new']}` ({row['text']}, {row['join']})"
-            reasons[f"{row['status']}: {row['reason']}", row.get("works_with", "")].append(name)
+            reasons[f"{row['status']}: {row['reason']}", _spoken(row.get("works_with", {}))].append(name)
     if not reasons:
         return "Every swap works."
     return markdown_rows(
         ["reason", "works with", "swaps", "such as"],
         [
-            [reason, _spoken(way_out), len(names), names[0]]
+            [reason, way_out, len(names), names[0]]
             for (reason, way_out), names in sorted(reasons.items(), key=lambda item: (-len(item[1]), item[0]))
         ],
     )
 
 
-def _spoken(way_out: str) -> str:
-    arguments = WAYS_OUT.get(way_out, {})
+def _spoken(arguments: dict[str, Any]) -> str:
     return ", ".join(f"`{name}={value!r}`" for name, value in arguments.items())

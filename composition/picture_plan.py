@@ -81,11 +81,20 @@ def plan_pictures(
     view_size = (image_views or {}).get("view_size")
     if view_size and not makes_one_size(processor, spec):
         processor, _ = load_image_processor(image_processor, source, part.tower, tuple(view_size), trust_remote_code)
-    plan = PicturePlan(processor, Measured(spec, projector_config, image_views, frames, fusion), 1, 1)
-    if image_views is None:
-        plan.fewest = plan.most = plan.num_tokens([part.size])[0]
+    return counted_plan(processor, Measured(spec, projector_config, image_views, frames, fusion), part.size)
+
+
+def counted_plan(image_processor: BaseImageProcessor, measured: Measured, size: tuple[int, int]) -> PicturePlan:
+    """The plan with its numbers of tokens.
+
+    Args:
+        size: Pixels `(height, width)` that the image processor makes, or an example of them.
+    """
+    plan = PicturePlan(image_processor, measured, 1, 1)
+    if measured.image_views is None:
+        plan.fewest = plan.most = plan.num_tokens([size])[0]
     else:
-        plan.fewest, plan.most = fewest_and_most_tokens(plan.measured)
+        plan.fewest, plan.most = fewest_and_most_tokens(measured)
     return plan
 
 

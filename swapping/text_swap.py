@@ -17,16 +17,18 @@ from ..composition.model_sizes import embedding_width
 from ..composition.native.projector_arguments import projector_arguments
 from ..composition.part_origins import part_origin
 from ..composition.parts import PartSource, load_language_model
+from ..composition.picture_plan import check_context, counted_plan
 from ..composition.probe import probe_features
-from ..composition.projector_grid import check_projector_arguments, complete_projector
+from ..composition.projector_grid import check_projector_arguments, check_projector_grid, complete_projector
 from ..composition.starting_scale import match_embedding_scale
 from ..composition.tokenizers import add_image_token, load_tokenizer, normalise_special_tokens
+from ..composition.views import Measured, complete_video_frames
 from ..composition.written_text import check_written, repeated_token
 from ..modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
 from ..modeling.query_projectors import ResamplerProjector
 from ..processing.processing_anyvlm import AnyVlmProcessor
 from .feature_maps import core_projector
-from .vision_swap import processor_with
+from .vision_swap import carried_video_frames, processor_with
 
 
 logger = logging.getLogger(__name__)
@@ -83,18 +85,40 @@ def swap_language_model(
 
         width = embedding_width(language_model)
         config.projector_config = _projector_config(model, projector, width)
+        spec = config.vision_tower_spec
+        check_projector_grid(config.projector_config, spec, any_grid=spec["any_size"] and image_views is None)
+        config.video_frames = complete_video_frames(
+            carried_video_frames(model.config, spec, config.projector_config),
+            spec,
+            config.projector_config,
+            fusion_name,
+        )
+        measured = Measured(spec, config.projector_config, image_views, config.video_frames, fusion_name)
+        plan = counted_plan(processor.image_processor, measured, tuple(spec["image_size"]))
+        check_context(language_model.config, plan, spec)
         if fusion_name != "embed":
             arguments = {k: v for k, v in config.image_fusion_config.items() if k not in _MEASURED}
+            if arguments.get("forget_after") is not None:
+                arguments["forget_after"] = _same_token(arguments["forget_after"], processor.tokenizer, text_tokenizer)
             widths = (width, config.projector_config["out_features"])
             config.image_fusion_config = complete_fusion_config(fusion_name, arguments, language_model, widths)
         config.text_config = copy.deepcopy(language_model.config)
         config.composed_from = {**(config.composed_from or {}), "text": origin}
+        if "native" in config.composed_from:  # what its language model did to logits is no more
+            native = config.composed_from["native"].items()
+            config.composed_from["native"] = {key: value for key, value in native if key != "text_scales"}
         language_model.config.dtype, language_model.config.name_or_path = model.dtype, ""
         config.image_attention = "causal"
         swapped = assemble(config, model.vision_tower, language_model)
         swapped.learn_about_language_model(probe_generation(swapped))
         swapped.config.image_attention = model.config.image_attention
-        probe_image_attention(swapped)
+        try:
+            probe_image_attention(swapped)
+        except CompositionError as error:
+            raise CompositionError(
+                f'{error} To swap nevertheless, set model.config.image_attention = "causal" beforehand; what was trained '
+                "with the other masks will then have to be trained anew."
+            ) from error
         same = projector is None and _same_embeddings(model, processor, language_model, text_tokenizer)
         _fill_projector(swapped, model, keep_output=same, is_new=projector is not None)
     new_processor = processor_with(
@@ -102,6 +126,7 @@ def swap_language_model(
         tokenizer=text_tokenizer,
         chat_template=chat_template_with_images(text_tokenizer, processor.image_token, processor.video_token),
         projector_config=swapped.config.projector_config,
+        video_frames=swapped.config.video_frames,
         image_text=image_text,
         # How prompts are written was the old language model's habit.
         pictures_first=False,
@@ -125,6 +150,13 @@ def _projector_config(model: AnyVlmForConditionalGeneration, projector: dict | N
     elif "hidden_features" in (found := projector_arguments(old)) and isinstance(found["hidden_features"], list):
         config["hidden_features"] = found["hidden_features"]
     return complete_projector(config, config["in_features"], width, fusion)
+
+
+def _same_token(token_id: int, tokenizer: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) -> int | None:
+    """What a token of one tokenizer is in another: its own end of a text, or what is spelled alike."""
+    if token_id == tokenizer.eos_token_id:
+        return new.eos_token_id
+    return new.get_vocab().get(tokenizer.convert_ids_to_tokens(token_id))
 
 
 def _same_embeddings(
@@ -154,7 +186,7 @@ def _same_embeddings(
 def _fill_projector(
     swapped: AnyVlmForConditionalGeneration, model: AnyVlmForConditionalGeneration, keep_output: bool, is_new: bool
 ) -> None:
-    """Copy what fits of the old projector and the old newline; a new last layer gives tokens of the size of embeddings."""
+    """Copy what fits of the old projector, newline and fusion; a new last layer gives tokens of the size of embeddings."""
     spec = swapped.config.vision_tower_spec
     output_layer = swapped.multi_modal_projector.output_layer
     output = {id(parameter) for parameter in output_layer.parameters()} if output_layer is not None else set()
@@ -167,6 +199,8 @@ def _fill_projector(
         newline = getattr(model, "image_newline", None)
         if newline is not None:
             swapped.image_newline.copy_(newline)
+        if model.fusion is not None and swapped.config.image_fusion_config == model.config.image_fusion_config:
+            swapped.fusion.load_state_dict(model.fusion.state_dict())
         return
     features = probe_features(model.vision_tower, spec, swapped.config.vision_feature_layer, is_trained=False)
     match_embedding_scale(swapped, features)

@@ -21,6 +21,7 @@ from ..composition.projector_grid import check_projector_arguments, complete_pro
 from ..composition.starting_scale import embedding_rms, match_embedding_scale
 from ..composition.views import views_settings
 from ..composition.vision_part import VisionPart, examine_vision_part, vision_sources
+from ..configuration.configuration_anyvlm import AnyVlmConfig
 from ..configuration.image_tokens import Grid
 from ..configuration.video_frames import has_rows_and_columns, takes_clips
 from ..modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
@@ -107,7 +108,7 @@ def swap_vision_tower(
             settings=settings,
             projector_config=projector_config,
             fusion=model.config.fusion,
-            video_frames=_video_frames(model, part, projector_config),
+            video_frames=carried_video_frames(model.config, part.spec, projector_config),
             image_processor=image_processor,
             image_size=image_size,
             trust_remote_code=trust_remote_code,
@@ -199,14 +200,19 @@ def _projector_config(
     return core if grid is None else {**core, "aligned_grid": list(grid)}
 
 
-def _video_frames(model: AnyVlmForConditionalGeneration, part: VisionPart, projector_config: dict) -> dict | None:
-    """Settings of videos go on, unless one of the towers takes clips: those settings are the tower's own. How tokens are
-    pooled goes on where it could be chosen before and can be now."""
-    specs = [model.config.vision_tower_spec, part.spec]
-    settings = model.config.video_frames
-    if settings is None or any(takes_clips(spec) for spec in specs):
+def carried_video_frames(config: AnyVlmConfig, spec: dict, projector_config: dict) -> dict | None:
+    """Settings of videos go on, unless a tower takes clips: those settings are its own. How tokens are pooled goes on where
+    it could be chosen before and can be now.
+
+    Args:
+        config: Of the model as it was.
+        spec, projector_config: As they are now.
+    """
+    settings = config.video_frames
+    if settings is None or takes_clips(config.vision_tower_spec) or takes_clips(spec):
         return None
-    if all(map(has_rows_and_columns, specs, (model.config.projector_config, projector_config))):
+    before = has_rows_and_columns(config.vision_tower_spec, config.projector_config)
+    if before and has_rows_and_columns(spec, projector_config):
         return settings
     return {key: value for key, value in settings.items() if key != "frame_pool"}
 

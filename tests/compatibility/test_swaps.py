@@ -36,7 +36,7 @@ def invoke(monkeypatch, tmp_path):
         result.details = {"join": join, "tokens": [4, 4], "projector": "kept", "fresh": fresh}
         if new == "t1":
             result.status, result.reason = "refused", 'Pass views="resize".'
-            result.details = {"join": join, "works_with": "views"}
+            result.details = {"join": join, "works_with": {"views": "resize"}}
         if vision == "t2" and new == "t3":
             result.status, result.reason, result.failed = "fails", "old: other", {"old": "other"}
         return result.to_dict() | {"seconds": 0.0}
@@ -122,8 +122,12 @@ def test_a_swap_that_works():
 def test_a_refused_swap_names_what_works():
     result = check_swap("siglip2_vision_model", "llama", "hiera / mlp / embed / native")
     assert result.status == "refused"
-    assert result.details["works_with"] == "views"
+    assert result.details["works_with"] == {"views": "resize"}
     assert 'views="' in result.reason
+    # Whole pictures, and then a projector that does not look at neighbours.
+    result = check_swap("siglip2_vision_model", "llama", "detr / conv / embed / native")
+    assert result.status == "refused", result.failed
+    assert result.details["works_with"] == {"views": "resize", "projector": {"type": "mlp"}}
 
 
 def test_what_goes_astray_is_seen(monkeypatch):
