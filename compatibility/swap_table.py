@@ -56,8 +56,8 @@ def swaps_to_markdown(table: dict[str, Any]) -> str:
         f"Of {len(swaps)} swaps, **{counts[WORKS]} work, {counts[REFUSED]} are refused** with the reason, and "
         f"{counts[FAILS]} fail. One works when it passes all of these:",
         "\n".join(f"{number}. {meaning}" for number, meaning in enumerate(SWAP_CHECKS.values(), 1)),
-        "One that is refused was tried again with what its reason names, another projector or whole pictures, and passes the "
-        "same checks then.",
+        "One that is refused was tried again with what its reason names, another projector or whole pictures, and passes "
+        "the same checks then.",
         "## What became of the projectors",
         markdown_rows(
             ["of the swaps that work", "number"],
