@@ -24,7 +24,7 @@ import dictionary_language_model
 import torch
 from rich.console import Console
 from swap_tower import (
-    DINO,
+    DIRECTIONS,
     FIRST_UNLABELLED,
     QUESTION,
     Questions,
@@ -68,10 +68,11 @@ def measure(seed: int, run: argparse.Namespace, data: list) -> dict:
         return json.loads(kept.read_text())
     pixels, labels, test_pixels, test_labels = data
     test_pixels, test_labels = test_pixels[: run.test], test_labels[: run.test]
-    model, processor = teacher_of("there", seed, run, pixels[: run.train], labels[: run.train], run.output)
+    tower = DIRECTIONS["there"][0]
+    model, processor = teacher_of("there", seed, run, pixels[: run.train], labels[: run.train])
     model.requires_grad_(False)
     features = features_of(
-        PicturePath(model, processor), test_pixels, run.output / f"{DINO.folder}-test-{run.test}.pt"
+        PicturePath(model, processor), test_pixels, run.output / f"{tower.folder}-{tower.size}-taught-{run.test}.pt"
     )
     old = Questions(model, processor)
     result = {
