@@ -223,7 +223,9 @@ class Swap:
         old = self.old.model.config
         spec = old.vision_tower_spec
         size = None if spec["any_size"] else tuple(spec["image_size"])
-        image_processor = self.old.processor.image_processor
+        # That of pictures which are cut into patches has no size of its own.
+        is_cut = (old.image_views or {}).get("cut_patches", False)
+        image_processor = None if is_cut else self.old.processor.image_processor
         chosen = {"image_tokens": self.arguments.get("image_tokens", "keep")}
         if self.has_new_projector:
             chosen["projector"] = old.projector_config

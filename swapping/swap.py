@@ -26,7 +26,7 @@ from .recipe import recipe_after
 from .report import SwapReport
 from .same_tower import same_tower
 from .text_swap import swap_language_model
-from .vision_swap import swap_vision_tower
+from .vision_swap import fixed_size, swap_vision_tower
 
 
 LAYERS = ("best", "last")
@@ -134,7 +134,7 @@ def swap(
         vision_feature_select_strategy = vision_feature_select_strategy or model.config.vision_feature_select_strategy
         notes = dict(note.split(": ", 1) for note in said if ": " in note)
         image_processor = image_processor or processor.image_processor
-        image_size = image_size or _fixed_size(model, views)
+        image_size = image_size or fixed_size(model, views)
     if vision is not None:
         put_in = functools.partial(
             swap_vision_tower,
@@ -263,12 +263,6 @@ def _described(model: AnyVlmForConditionalGeneration, vision: bool, text: bool) 
             known = " + ".join(found for found in ids if found)
             named.append(type(part).__name__ + (f" ({known})" if known else ""))
     return " and ".join(named)
-
-
-def _fixed_size(model: AnyVlmForConditionalGeneration, views: str | dict | None) -> tuple[int, int] | None:
-    """The size of the tower's pictures, if it is one and stays one."""
-    spec = model.config.vision_tower_spec
-    return None if spec["any_size"] or _is_native(views) else tuple(spec["image_size"])
 
 
 def _is_native(views: str | dict | None) -> bool:

@@ -73,9 +73,8 @@ def swap_vision_tower(
             tower.to(model.language_model.device)
         origins = [part_origin(source) for source in sources]
         if len(towers) == 1 and _same_type(towers[0], model.vision_tower):
-            is_native = (views_settings(views) or model.config.image_views or {}).get("type") == "native"
-            if image_size is None and image_processor is None and not is_native:
-                image_size = _fixed_size(model)
+            if image_size is None and image_processor is None:
+                image_size = fixed_size(model, views)
             if vision_feature_layer is None:
                 vision_feature_layer = model.config.vision_feature_layer
             if vision_feature_select_strategy is None:
@@ -165,10 +164,18 @@ def _fitted(tower: nn.Module, image_size: int | tuple[int, int]) -> nn.Module:
     return fitted
 
 
-def _fixed_size(model: AnyVlmForConditionalGeneration) -> tuple[int, int] | None:
-    """The size of the tower's pictures, if it is one."""
-    spec = model.config.vision_tower_spec
-    return None if spec["any_size"] else tuple(spec["image_size"])
+def fixed_size(model: AnyVlmForConditionalGeneration, views: str | dict | None = None) -> tuple[int, int] | None:
+    """The size of pictures for the model's own tower, if it is one: also where it is given patches cut of pictures of any
+    size, for which its image processor has none.
+
+    Args:
+        views: How pictures are to be shown; `None` for as before.
+    """
+    old = model.config
+    settings = old.image_views if views is None else views_settings(views)
+    is_cut = (old.image_views or {}).get("cut_patches", False)
+    is_free = old.vision_tower_spec["any_size"] and not is_cut
+    return None if is_free or (settings or {}).get("type") == "native" else tuple(old.vision_tower_spec["image_size"])
 
 
 def _kept_grid(model: AnyVlmForConditionalGeneration, part: VisionPart, settings: dict | None) -> Grid | None:

@@ -143,6 +143,23 @@ def test_native_sizes_stay_native_between_towers_that_take_them():
     check(Swap(old, tower("hiera"), 64, views="resize"))
 
 
+@pytest.mark.parametrize("same_weights", [True, False])
+def test_whole_pictures_again_after_native_ones(same_weights):
+    """In the size that the tower was made for, not in that of the cells that pictures were cut into."""
+    model, processor = compose(views={"type": "native", "max_tokens": 40})
+    assert model.config.image_views["cut_patches"]
+    if same_weights:
+        swapped, new_processor, _ = anyvlm.swap(model, processor, views="resize")
+    else:
+        new_tower = tower("clip_vision_model", 9)
+        swapped, new_processor = swap_vision_tower(model, processor, new_tower, views="resize")
+    assert swapped.config.vision_tower_spec["image_size"] == [32, 32]
+    assert swapped.config.image_views is None
+    assert len(tokens_of(TestedModel(swapped, new_processor))) == 16
+    kept, _ = swap_vision_tower(model, processor, tower("clip_vision_model", 9))
+    assert kept.config.image_views == model.config.image_views
+
+
 def test_towers_of_pictures_of_any_size_and_of_one():
     """Where pictures have no one grid there is none to be kept."""
     for old, new, size in (("siglip2_vision_model", "resnet", 64), ("resnet", "qwen2_vl_vision", None)):
