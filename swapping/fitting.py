@@ -91,6 +91,12 @@ class Fitting:
 
     def _trained(self, train: Callable, seconds: float, old: Swapped, new: Swapped, report: SwapReport) -> bool:
         projector = new[0].multi_modal_projector
+        if not any(True for _ in projector.parameters()):
+            report.warnings.append(
+                f"Not trained: a {type(projector).__name__} has no weights. Train the tower's last layers, or swap with "
+                "another projector=…."
+            )
+            return False
         before = {name: tensor.clone() for name, tensor in projector.state_dict().items()}
         report.distillation = train(
             *old,

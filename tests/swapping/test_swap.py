@@ -7,6 +7,8 @@ from PIL import Image
 from tiny_parts import compose, text_config, tiny_tokenizer, vision_config
 
 import anyvlm
+from anyvlm.swapping.fitting import Fitting
+from anyvlm.swapping.report import SwapReport
 
 
 def pictures(number, seed=0):
@@ -145,3 +147,11 @@ def test_a_frozen_model_is_swapped_and_stays_frozen(trained):
         assert all(parameter.requires_grad for parameter in new.multi_modal_projector.parameters())
     finally:
         model.vision_tower.requires_grad_(True)
+
+
+def test_a_projector_without_weights_is_said_not_to_be_trained():
+    old = compose("clip_vision_model", "llama", projector="identity")
+    new = compose("clip_vision_model", "llama", projector="identity")
+    report = SwapReport("vision")
+    assert not Fitting(pictures(4), steps=2, progress=False).distil(old, new, report)
+    assert report.distillation is None and "no weights" in report.warnings[0]
