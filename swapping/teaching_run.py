@@ -20,8 +20,9 @@ from .whitened_layers import whitened_layers
 #: How often the held-out pictures are looked at.
 EVALUATIONS = 16
 WARM_UP_STEPS = 10
-#: Largest image tokens, against the size of the text's embeddings; a projector trained with its language model ended at 14.
-MAX_TOKEN_SIZE = 16.0
+#: Largest image tokens, against the size of the text's embeddings; a projector trained with its language model ended at 14,
+#: and `verify` doubts tokens of 50 times the size.
+MAX_TOKEN_SIZE = 32.0
 #: Steps between two looks at it.
 SIZE_STEPS = 10
 #: Pictures that whitening is measured on.

@@ -208,7 +208,7 @@ def test_teaching_changes_the_projector_alone_and_lowers_the_loss(models, start)
     assert {name: parameter.requires_grad for name, parameter in new_model.named_parameters()} == required
     path = PicturePath(new_model, new_processor)
     tokens = torch.cat(path.tokens(path.inputs(_pictures(8))))
-    assert float(tokens.square().mean().sqrt()) < 20 * float(embedding_rms(language_model))
+    assert float(tokens.square().mean().sqrt()) < 40 * float(embedding_rms(language_model))
     vocabulary = bare.config.vocab_size
     assert torch.equal(new_model(**text).logits[..., :vocabulary], bare(**text).logits)
 
