@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from ..modeling.image_features import AnyVlmImageFeatures
 from .new_answers import NewPath
 from .old_answers import Example, ask, in_batches, prompts_of
-from .picture_mixtures import mixture
 from .picture_paths import PicturePath
-from .pictures import Pictures
+from .pictures import Pictures, variants
 
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def distil(
     gradual: bool = True,
     learning_rate: float = 3e-4,
     batch_size: int = 16,
-    num_variants: int = 8,
+    num_variants: int = 4,
     tower_layers: int = 0,
     token_weight: float = 1.0,
     word_weight: float = 3.0,
@@ -95,8 +95,8 @@ def distil(
             old to new in the first half, so that it never meets a jump.
         learning_rate: The highest one, after a few steps; it falls to zero along a cosine.
         batch_size: Pictures per step.
-        num_variants: How often each picture is looked at: as it is, and otherwise changed and mixed with another one
-            (`picture_mixtures.py`), as far as a third of the time allows.
+        num_variants: How often each picture is looked at: as it is, and otherwise slightly changed (`pictures.variants`),
+            as far as a third of the time allows.
         tower_layers: How many of the last layers of the new tower are trained too, at a tenth of the learning rate. Its
             features can then not be kept from one step to the next.
         token_weight: Of the distance of the tokens, against the variance of the old ones.
@@ -170,8 +170,6 @@ def _examples(
     held_out_numbers = {originals[index][0] for index in order[:count]}
     # In random order, so that what there is time for is a sample of all.
     originals = [originals[index] for index in order]
-    # Held-out pictures are mixed among themselves.
-    split = {True: originals[:count], False: originals[count:]}
     chance = random.Random(settings.seed)
     until = math.inf if settings.seconds is None else started + PREPARATION_SHARE * settings.seconds
     examples, held_out = [], []
@@ -180,10 +178,7 @@ def _examples(
     for variant in range(num_variants):
         for batch in in_batches(originals[0 if variant < HELD_OUT_VARIANTS else count :], settings.batch_size):
             if variant > 0:
-                batch = [
-                    (number, mixture(picture, chance.choice(split[number in held_out_numbers])[1], chance))
-                    for number, picture in batch
-                ]
+                batch = [(number, _changed(picture, chance)) for number, picture in batch]
             asked = ask(old, batch, prompts, max_new_tokens, seed=settings.seed + variant)
             new.look(asked)
             held_out += [example for example in asked if example.picture in held_out_numbers]
@@ -193,6 +188,11 @@ def _examples(
                 bar.update(task, total=len(examples) + len(held_out))
                 return examples, held_out
     return examples, held_out
+
+
+def _changed(picture: Image.Image, chance: random.Random) -> Image.Image:
+    _, changed = variants(picture, 2, seed=chance.randrange(2**32))
+    return changed
 
 
 class _Run:
@@ -219,7 +219,8 @@ class _Run:
         self.before = self.measure()
         # The last look at the held-out pictures is within the time too.
         self.reserved = 1.5 * (time.monotonic() - measuring)
-        self.best = (self.before, self._copied())
+        self.start = self._copied()
+        self.best = (self.before, self.start)
 
     def _copied(self) -> list[torch.Tensor]:
         return [parameter.detach().clone() for parameter in self.parameters]
@@ -250,6 +251,7 @@ class _Run:
                     self._keep_if_better()
             if self.step:
                 self._keep_if_better()
+                self._halfway()
         except KeyboardInterrupt:
             interrupted = True
         with torch.no_grad():
@@ -257,6 +259,14 @@ class _Run:
                 parameter.copy_(value)
         self.bar.update(task, completed=1.0)
         return interrupted
+
+    @torch.no_grad()
+    def _halfway(self) -> None:
+        """Try weights half way back to those it came with, which often do better on other pictures than either (Wortsman et
+        al. 2022, "Robust fine-tuning of zero-shot models")."""
+        for parameter, start in zip(self.parameters, self.start):
+            parameter.lerp_(start, 0.5)
+        self._keep_if_better()
 
     def _keep_if_better(self) -> None:
         measured = self.measure()
