@@ -191,7 +191,13 @@ def _run_alone(run, picture: torch.Tensor, name: str, vision_tower: nn.Module) -
     Raises:
         CompositionError: it does not run on one picture, or no gradient reaches it.
     """
+    # One that is frozen now may be trained later, unless its class freezes it.
+    frozen = [p for p in vision_tower.parameters() if not p.requires_grad and p.is_floating_point()]
+    if frozen and _freezes_itself(vision_tower):
+        frozen = []
     try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
         with torch.enable_grad():
             alone = run(picture)
     except Exception as error:  # noqa: BLE001 - a tower may fail in any way; what it said is reported
@@ -199,14 +205,21 @@ def _run_alone(run, picture: torch.Tensor, name: str, vision_tower: nn.Module) -
             f"{name} runs on two pictures but not on one ({type(error).__name__}: {error}), as a model of clips does "
             "that takes the batch for one clip. Pass a tower of pictures such as clip or dinov2."
         ) from error
-    # A tower that was frozen shows nothing either way.
-    is_frozen = not any(parameter.requires_grad for parameter in vision_tower.parameters())
-    if not alone.requires_grad and not is_frozen:
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    if not alone.requires_grad:
         raise CompositionError(
             f"{name} gives features that carry no gradient, such as the codes of a codec. Pass a tower such as clip or "
             "dinov2."
         )
     return alone.detach()
+
+
+def _freezes_itself(vision_tower: nn.Module) -> bool:
+    with contextlib.suppress(Exception), torch.device("meta"):  # what cannot be built there is no class that does so
+        return not any(parameter.requires_grad for parameter in build_vision_tower(vision_tower.config).parameters())
+    return False
 
 
 #: How a message names the rows of `PICTURE_INPUTS`.

@@ -203,7 +203,7 @@ def test_an_unknown_setting_is_an_error_that_names_it(settings):
 
 
 REFUSALS = {
-    "native views of a tower of one size": lambda: ("dinov2", "llama", {"views": "native"}),
+    "native views of a tower of one size": lambda: ("hiera", "llama", {"views": "native"}),
     "a grid that cannot be shuffled": lambda: (
         "dinov2",
         "llama",

@@ -221,11 +221,13 @@ class TestArguments:
 
 #: As `anyvlm`, but the swap tells when it is in the middle of its pictures, and then of its files, and waits there.
 SLOW = """
-import sys, time
+import signal, sys, time
 from anyvlm import cli
 from anyvlm.swapping import swap as module
 from anyvlm.swapping.report import SwapReport
 
+# A shell that put this into the background had interrupts ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 swap, save = module.swap, SwapReport.save
 
 def slow_swap(model, processor, **arguments):
