@@ -10,13 +10,12 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 from torch import nn
 
 from ..modeling.image_features import AnyVlmImageFeatures
@@ -24,6 +23,7 @@ from .new_answers import NewPath
 from .old_answers import Example, ask, in_batches, prompts_of
 from .picture_paths import PicturePath
 from .pictures import Pictures, variants
+from .training_state import only_trained, training_bar
 
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,14 @@ def distil(
     settings = _Settings(seconds, steps, learning_rate, batch_size, token_weight, word_weight, gradual, seed)
     old, new = PicturePath(old_model, old_processor), NewPath(new_model, new_processor, keep=tower_layers == 0)
     prompts = prompts_of(old_processor, texts)
-    with _only_trained(old_model, new_model, tower_layers) as (parameters, groups), _bar(progress) as bar:
+    trained = [new_model.multi_modal_projector, *_last_layers(new_model.vision_tower, tower_layers)]
+    with only_trained((old_model, new_model), trained) as (of_projector, *of_layers), training_bar(progress) as bar:
+        groups = [{"params": of_projector, "scale": 1.0}, *({"params": each, "scale": 0.1} for each in of_layers)]
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        if not parameters:
+            raise ValueError(
+                "This model's projector has no parameters, so there is nothing to distil. Pass tower_layers=…."
+            )
         examples, held_out = _examples(
             old, new, pictures, prompts, num_variants, max_new_tokens, settings, started, bar
         )
@@ -327,39 +334,6 @@ class _Run:
         }
 
 
-@contextmanager
-def _only_trained(old_model, new_model, tower_layers: int):
-    """Only the projector requires gradients, and some layers of the tower; all is as before afterwards.
-
-    Gives the trained parameters, and groups of them for the optimiser with their share (`scale`) of the learning rate.
-    """
-    models = (old_model, new_model)
-    required = {parameter: parameter.requires_grad for model in models for parameter in model.parameters()}
-    training = {module: module.training for model in models for module in model.modules()}
-    try:
-        for model in models:
-            model.requires_grad_(False).eval()
-        new_model.multi_modal_projector.requires_grad_(True)
-        layers = _last_layers(new_model.vision_tower, tower_layers)
-        for layer in layers:
-            layer.requires_grad_(True)
-        groups = [{"params": list(new_model.multi_modal_projector.parameters()), "scale": 1.0}]
-        if layers:
-            groups.append({"params": [one for layer in layers for one in layer.parameters()], "scale": 0.1})
-        parameters = [parameter for group in groups for parameter in group["params"]]
-        if not parameters:
-            raise ValueError(
-                "This model's projector has no parameters, so there is nothing to distil. Pass tower_layers=…."
-            )
-        yield parameters, groups
-    finally:
-        for parameter, value in required.items():
-            parameter.requires_grad_(value)
-            parameter.grad = None
-        for module, value in training.items():
-            module.training = value
-
-
 def _last_layers(tower: nn.Module, count: int) -> list[nn.Module]:
     """The last `count` entries of the tower's longest list of layers."""
     if count == 0:
@@ -371,13 +345,3 @@ def _last_layers(tower: nn.Module, count: int) -> list[nn.Module]:
             f"tower_layers must be from 0 to {len(longest)}, the layers that this tower has, not {count}."
         )
     return list(longest)[-count:]
-
-
-def _bar(shown: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        disable=not shown,
-    )

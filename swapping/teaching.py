@@ -13,10 +13,9 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager
 from typing import Any
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from ..modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
 from ..processing.processing_anyvlm import AnyVlmProcessor
@@ -27,6 +26,7 @@ from .pictures import Pictures
 from .student import Student
 from .teacher_answers import Teacher, TeacherAnswer, compare_answers
 from .teaching_run import Limits, TeachingRun
+from .training_state import only_trained, training_bar
 
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,10 @@ def teach(
     _check(seconds, steps, start)
     questions = _questions(texts)
     started = time.monotonic()
-    with _only_projector_trained(old_model, new_model) as parameters, _bar(progress) as bar:
+    trained = [new_model.multi_modal_projector]
+    with only_trained((old_model, new_model), trained) as (parameters,), training_bar(progress) as bar:
+        if not parameters:
+            raise ValueError("This model's projector has no parameters, so there is nothing to teach.")
         source = Pictures(pictures, limit=max_pictures, seed=seed)
         until = math.inf if seconds is None else started + PREPARATION_SHARE * seconds
         seen = CachedPictures(PicturePath(old_model, old_processor))
@@ -195,38 +198,3 @@ def _split(lessons: list[TeacherAnswer], seed: int) -> tuple[list[TeacherAnswer]
     order = random.Random(seed).sample(lessons, len(lessons))
     count = min(MAX_HELD_OUT, max(1, round(HELD_OUT_SHARE * len(lessons))))
     return order[:count], order[count:]
-
-
-@contextmanager
-def _only_projector_trained(old_model, new_model):
-    """Only the new projector requires gradients and everything is in eval mode; all is as before afterwards.
-
-    Gives the projector's parameters.
-    """
-    models = (old_model, new_model)
-    required = {parameter: parameter.requires_grad for model in models for parameter in model.parameters()}
-    training = {module: module.training for model in models for module in model.modules()}
-    try:
-        for model in models:
-            model.requires_grad_(False).eval()
-        new_model.multi_modal_projector.requires_grad_(True)
-        parameters = list(new_model.multi_modal_projector.parameters())
-        if not parameters:
-            raise ValueError("This model's projector has no parameters, so there is nothing to teach.")
-        yield parameters
-    finally:
-        for parameter, value in required.items():
-            parameter.requires_grad_(value)
-            parameter.grad = None
-        for module, value in training.items():
-            module.training = value
-
-
-def _bar(shown: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        disable=not shown,
-    )
