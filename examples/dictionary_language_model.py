@@ -8,11 +8,11 @@ of the questions that are asked about pictures. A few minutes on 2 cores.
 import math
 import random
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from debian_packages import package_files
 from rich.progress import track
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
@@ -36,25 +36,7 @@ VOCABULARY_SIZE, LENGTH, BATCH_SIZE, LEARNING_RATE = 4000, 64, 16, 3e-3
 
 def nouns_file(data: Path | None, output: Path) -> Path:
     """WordNet's file of nouns: where Debian's package puts it, or fetched with `apt-get download`."""
-    places = [data] if data else [Path("/usr/share/wordnet"), output / "wordnet"]
-    for fetched in (False, True):
-        found = [path for place in places for path in sorted(place.rglob(NOUNS))]
-        if found:
-            return found[0]
-        if data or fetched:
-            break
-        folder = output / "wordnet"
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            subprocess.run(["apt-get", "download", PACKAGE], cwd=folder, check=True, capture_output=True)
-            package = next(folder.glob("*.deb")).name
-            subprocess.run(["dpkg-deb", "-x", package, "."], cwd=folder, check=True, capture_output=True)
-        except (OSError, StopIteration, subprocess.CalledProcessError):
-            break
-    raise SystemExit(
-        f"WordNet is not in {', '.join(map(str, places))}. Install Debian's package {PACKAGE}, or pass --wordnet with a "
-        f"folder that has {NOUNS}."
-    )
+    return package_files((NOUNS,), PACKAGE, Path("/usr/share/wordnet"), data, output / "wordnet", "--wordnet")[0]
 
 
 def entries(path: Path) -> list[tuple[str, str]]:

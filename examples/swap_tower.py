@@ -17,13 +17,13 @@ import gzip
 import json
 import random
 import statistics
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from debian_packages import package_files
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -82,27 +82,8 @@ def read_idx(path: Path) -> np.ndarray:
 
 def fashion_mnist(data: Path | None, output: Path) -> list[np.ndarray]:
     """Training pictures and labels, test pictures and labels."""
-    places = [data] if data else [Path("/usr/share/datasets/fashion-mnist"), output / "data"]
-    for fetched in (False, True):
-        for place in places:
-            found = [next(iter(sorted(place.rglob(name + "*"))), None) for name in FILES]
-            if all(found):
-                return [read_idx(path) for path in found]
-        if data or fetched:
-            break
-        console.print(f"Fetching {PACKAGE} (31 MB) …")
-        folder = output / "data"
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            subprocess.run(["apt-get", "download", PACKAGE], cwd=folder, check=True, capture_output=True)
-            package = next(folder.glob("*.deb")).name
-            subprocess.run(["dpkg-deb", "-x", package, "."], cwd=folder, check=True, capture_output=True)
-        except (OSError, StopIteration, subprocess.CalledProcessError):
-            break
-    raise SystemExit(
-        f"Fashion-MNIST is not in {', '.join(map(str, places))}. Install Debian's package {PACKAGE}, or pass --data with "
-        f"a folder that has {', '.join(FILES)} (.gz or not)."
-    )
+    installed = Path("/usr/share/datasets/fashion-mnist")
+    return [read_idx(path) for path in package_files(FILES, PACKAGE, installed, data, output / "data", "--data")]
 
 
 def as_pictures(pixels: np.ndarray) -> list[Image.Image]:

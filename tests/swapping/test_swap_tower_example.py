@@ -18,6 +18,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "swap_tower.py"
 
 @pytest.fixture
 def example(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)  # as for a script
     spec = importlib.util.spec_from_file_location("swap_tower", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "swap_tower", module)
