@@ -27,6 +27,7 @@ from .swapping.verification import verify
 from .swapping.verification_report import VerificationReport
 from .swapping.while_loading import load_swapped_model as _load_swapped_model  # noqa: F401 - registers itself
 from .training.collator import AnyVlmDataCollator
+from .training.trainer import AnyVlmTrainer
 
 
 AutoConfig.register(AnyVlmConfig.model_type, AnyVlmConfig)
@@ -43,6 +44,7 @@ __all__ = [
     "AnyVlmForConditionalGeneration",
     "AnyVlmModel",
     "AnyVlmProcessor",
+    "AnyVlmTrainer",
     "CompatibilityReport",
     "CompositionError",
     "SwapReport",

@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .base_model import AnyVlmModel
 from .fusion import cached_length
 from .image_attention import answer_token_types
+from .image_features import AnyVlmImageFeatures
 from .language_models import labelled_positions
 from .picture_inputs import IMAGE_INPUTS
 from .picture_states import PictureStates
@@ -31,6 +32,7 @@ class AnyVlmCausalLMOutput(ModelOutput):
         hidden_states: Hidden states of the language model, if asked for.
         attentions: Attentions of the language model, if asked for.
         image_hidden_states: Projected image features, `(all image tokens of the batch, width)`.
+        image_features: What `get_image_features` gave, if asked for.
     """
 
     loss: torch.Tensor | None = None
@@ -39,6 +41,7 @@ class AnyVlmCausalLMOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
+    image_features: AnyVlmImageFeatures | None = None
 
 
 class ImageTokenSuppressor(LogitsProcessor):
@@ -88,6 +91,7 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
         qformer_attention_mask: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
         num_video_frames: torch.Tensor | None = None,
+        output_image_features: bool = False,
         **kwargs,
     ) -> AnyVlmCausalLMOutput:
         """Run the model.
@@ -113,6 +117,8 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
                 the answer begins with the first label; without labels all is prompt.
             qformer_input_ids, qformer_attention_mask: `(num_images, length)`, the instruction for each picture, for a
                 projector that reads it.
+            output_image_features: Return the tower's features and each picture's tokens too, with their graph, for losses
+                on them.
             **kwargs: Handed to the language model (`num_items_in_batch`, `output_hidden_states`, …).
 
         Raises:
@@ -123,6 +129,21 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
             kwargs["token_type_ids"] = answer_token_types(labels)
         if labels is not None and logits_to_keep is None and interface.takes_logits_to_keep:
             logits_to_keep, labels = labelled_positions(labels, interface.keeps_logits_per_sample)
+        processor_outputs = {
+            "image_grid_thw": image_grid_thw,
+            "spatial_shapes": spatial_shapes,
+            "pixel_attention_mask": pixel_attention_mask,
+            "target_sizes": target_sizes,
+            "image_position_ids": image_position_ids,
+            "image_sizes": image_sizes,
+            "qformer_input_ids": qformer_input_ids,
+            "qformer_attention_mask": qformer_attention_mask,
+            "original_sizes": original_sizes,
+            "num_video_frames": num_video_frames,
+        }
+        if output_image_features:
+            encoded = self._encoded_pictures(pixel_values, mm_encoder_outputs, processor_outputs)
+            mm_encoder_outputs, pixel_values = None if encoded is None else {"image": encoded}, None
         own_loss = interface.spec["own_loss"]
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         arguments, image_tokens, picture_states = self._language_model_inputs(
@@ -138,21 +159,14 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
             num_items_in_batch=num_items_in_batch if own_loss else None,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
-            image_grid_thw=image_grid_thw,
-            spatial_shapes=spatial_shapes,
-            pixel_attention_mask=pixel_attention_mask,
-            target_sizes=target_sizes,
-            image_position_ids=image_position_ids,
-            image_sizes=image_sizes,
-            qformer_input_ids=qformer_input_ids,
-            qformer_attention_mask=qformer_attention_mask,
-            original_sizes=original_sizes,
-            num_video_frames=num_video_frames,
+            **processor_outputs,
             **kwargs,
         )
         outputs = self._call_language_model(self.language_model, arguments, picture_states)
         known = {field.name: outputs.get(field.name) for field in fields(AnyVlmCausalLMOutput)}
         known["image_hidden_states"] = image_tokens
+        if output_image_features:
+            known["image_features"] = (mm_encoder_outputs or {}).get("image")
         if labels is not None and not own_loss:
             # Decoders of encoder-decoder models expect labels that are shifted already, and no count of them.
             known["loss"] = self.loss_function(

@@ -3,12 +3,14 @@
 import bisect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
+
+from .objectives.base import OBJECTIVE_INPUTS, Objective
 
 
 @dataclass
@@ -26,6 +28,8 @@ class AnyVlmDataCollator:
         max_length: Most tokens a sample may have, image tokens included; longer ones raise. A sample cut off inside a
             picture or an answer would be another sample.
         padding_side: `"right"` or `"left"`.
+        objectives: Losses beside the language model's, by name, as `AnyVlmTrainer` takes them; what they need of a sample
+            goes into the batch under `objective_inputs`.
 
     Raises:
         ValueError: no token of the batch is supervised; a sample is too long; the chat template does not show where
@@ -35,8 +39,9 @@ class AnyVlmDataCollator:
     processor: ProcessorMixin
     max_length: int | None = None
     padding_side: str = "right"
+    objectives: Mapping[str, Objective] = field(default_factory=dict)
 
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         texts, spans, pictures, videos = [], [], [], []
         for sample in samples:
             messages, of_sample = place_media(sample)
@@ -75,6 +80,11 @@ class AnyVlmDataCollator:
             labels[row, supervised] = batch["input_ids"][row, supervised]
         self._check(batch, labels)
         batch["labels"] = labels
+        inputs = {
+            name: objective.collate(samples, batch, self.processor) for name, objective in self.objectives.items()
+        }
+        if any(inputs.values()):
+            batch[OBJECTIVE_INPUTS] = {name: tensors for name, tensors in inputs.items() if tensors}
         return dict(batch)
 
     def _check(self, batch: Mapping[str, torch.Tensor], labels: torch.Tensor) -> None:

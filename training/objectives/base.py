@@ -1,0 +1,64 @@
+"""What every loss beside the language model's is."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import ProcessorMixin
+
+from ...modeling.modeling_anyvlm import AnyVlmCausalLMOutput
+
+
+#: Key of a batch: `{name of an objective: what its `collate` made of the samples}`. The model never sees it.
+OBJECTIVE_INPUTS = "objective_inputs"
+
+
+@dataclass
+class ObjectiveBatch:
+    """What an objective may look at.
+
+    Args:
+        model: The model, as the trainer calls it (wrapped, in a run of several processes).
+        inputs: The model's inputs, `labels` among them.
+        outputs: What the model returned, with `image_features`: the tower's features and each picture's tokens, with graph.
+        extra: What this objective's own `collate` returned, on the model's device; empty if it has none.
+        progress: From 0 at the beginning of the training to 1 at its end.
+    """
+
+    model: nn.Module
+    inputs: Mapping[str, Any]
+    outputs: AnyVlmCausalLMOutput
+    extra: Mapping[str, Any]
+    progress: float
+
+
+class Objective(nn.Module):
+    """A loss beside the language model's. Its own parameters (a head, a temperature) are trained along, at
+    `learning_rate`, kept in the trainer's checkpoints, and never in the exported model.
+
+    Args:
+        learning_rate: For its own parameters. Default: the trainer's.
+
+    A subclass gives `forward`, and `collate` where it needs more of a sample than the model does.
+    """
+
+    def __init__(self, learning_rate: float | None = None):
+        super().__init__()
+        self.learning_rate = learning_rate
+
+    def collate(
+        self, samples: Sequence[Mapping[str, Any]], batch: Mapping[str, Any], processor: ProcessorMixin
+    ) -> dict[str, Any]:
+        """Tensors that `forward` finds in `ObjectiveBatch.extra`.
+
+        Args:
+            samples: As the data set gives them; any further column of it is there (`caption`, `domain`, …).
+            batch: The model's inputs, made of the same samples.
+        """
+        return {}
+
+    def forward(self, batch: ObjectiveBatch) -> torch.Tensor | None:
+        """The loss, a scalar with graph, mean over what it is about; `None` if nothing in the batch concerns it."""
+        raise NotImplementedError

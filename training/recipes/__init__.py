@@ -1,0 +1,1 @@
+"""Recipes: a training in stages, written in YAML, checked before anything runs."""
