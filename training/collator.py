@@ -21,7 +21,8 @@ class AnyVlmDataCollator:
     is a string, or a list of `{"type": "text", "text": …}` and `{"type": "image"}`; pictures stand in the content
     (`{"type": "image", "image": …}`) or in order in the sample's `images`. A sample whose messages place no picture
     has its `images` put in front of the first user message. Likewise for `video` and `videos`; a video in a sample is one
-    of the forms that `processor` takes, and a sample with one video has it in a list.
+    of the forms that `processor` takes, and a sample with one video has it in a list. A list of samples is as good as a
+    sample: they come into one batch together.
 
     Args:
         processor: The model's processor.
@@ -41,7 +42,8 @@ class AnyVlmDataCollator:
     padding_side: str = "right"
     objectives: Mapping[str, Objective] = field(default_factory=dict)
 
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def __call__(self, samples: Sequence[Mapping[str, Any] | Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+        samples = [one for given in samples for one in ([given] if isinstance(given, Mapping) else given)]
         texts, spans, pictures, videos = [], [], [], []
         for sample in samples:
             messages, of_sample = place_media(sample)

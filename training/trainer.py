@@ -55,6 +55,7 @@ class AnyVlmTrainer(Trainer):
             )
         self.parameter_groups = parameter_groups
         self._loss_sums: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
         if any(True for _ in self.objectives.parameters()):
             self.add_callback(_HeadGradients(self))
 
@@ -92,19 +93,24 @@ class AnyVlmTrainer(Trainer):
             weight = self.loss_weight(name)
             if weight == 0:
                 continue
-            value = objective(ObjectiveBatch(model, inputs, outputs, extras.get(name, {}), self.progress))
+            batch = ObjectiveBatch(model, inputs, outputs, extras.get(name, {}), self.progress)
+            value = objective(batch)
+            for metric, number in batch.metrics.items():
+                self._metrics[f"{name}/{metric}"].append(number.detach())
             if value is not None:
                 loss = loss + weight * share * value
                 self._loss_sums[name].append(share * value.detach())
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `Trainer`'s, with the mean of each loss since the last time."""
+        """As `Trainer`'s, with the mean of each loss since the last time, and of what objectives say beside theirs."""
         if "loss" in logs and self._loss_sums:
             steps = max(len(self._loss_sums["language_model"]) / self.args.gradient_accumulation_steps, 1)
             for name, values in self._loss_sums.items():
                 logs[f"loss/{name}"] = float(torch.stack(values).sum()) / steps
+            logs.update({name: float(torch.stack(numbers).mean()) for name, numbers in self._metrics.items()})
             self._loss_sums.clear()
+            self._metrics.clear()
         super().log(logs, start_time)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

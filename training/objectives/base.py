@@ -1,7 +1,7 @@
 """What every loss beside the language model's is."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ class ObjectiveBatch:
         outputs: What the model returned, with `image_features`: the tower's features and each picture's tokens, with graph.
         extra: What this objective's own `collate` returned, on the model's device; empty if it has none.
         progress: From 0 at the beginning of the training to 1 at its end.
+        metrics: An objective may put scalars here that say more than its loss; their means are logged as
+            `<name of the objective>/<key>`.
     """
 
     model: nn.Module
@@ -32,6 +34,7 @@ class ObjectiveBatch:
     outputs: AnyVlmCausalLMOutput
     extra: Mapping[str, Any]
     progress: float
+    metrics: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Objective(nn.Module):

@@ -1,0 +1,131 @@
+"""Features by which the kinds of pictures cannot be told apart: Ganin & Lempitsky 2015; Ganin et al. 2016 (JMLR 17:59)."""
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import ProcessorMixin
+
+from ..collator import place_media
+from .base import Objective, ObjectiveBatch
+from .picture_features import composed_model, pooled_features, view_features, views_of_pictures
+
+
+class _Reversal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features: torch.Tensor, strength: float) -> torch.Tensor:
+        ctx.strength = strength
+        return features.view_as(features)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return -ctx.strength * gradient, None
+
+
+def reverse_gradient(features: torch.Tensor, strength: float) -> torch.Tensor:
+    """The features as they are; their gradient is multiplied by `-strength`."""
+    return _Reversal.apply(features, strength)
+
+
+def reversal_strength(progress: float, slope: float = 10.0) -> float:
+    """From 0 at the beginning of the training to almost 1: a classifier that knows nothing yet should move nothing.
+
+    Args:
+        progress: From 0 to 1.
+        slope: How fast it rises; 10 in the paper.
+    """
+    return 2 / (1 + math.exp(-slope * progress)) - 1
+
+
+class DomainAdversarialObjective(Objective):
+    """A classifier learns to tell from the tower's pooled features of a picture of which domain it is; the gradient by which
+    it learns reaches the tower reversed, so that the tower learns features that do not tell.
+
+    Every sample names its domain in a column. Pictures of the domain for which there are no answers come in samples with a
+    user's turn alone, in the same batches (`training.domains.MixedDomains`).
+
+    Logs `accuracy`, the classifier's on the batch before each step. It is a moving target: whether domains can still be told
+    apart says only a new classifier (`benchmarks/domain_adaptation.py`).
+
+    Args:
+        in_features: Width of the tower's features, `model.config.vision_tower_spec["hidden_size"]`.
+        domains: What stands in the column, two or more.
+        column: Of a sample.
+        hidden_features: Width of the classifier's two hidden layers.
+        strength: Of the reversed gradient at the end of the training.
+        slope: Of the ramp up to it.
+        learning_rate: Of the classifier. Default: the trainer's.
+
+    Raises:
+        ValueError: fewer than two domains, or one twice.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        domains: Sequence[Hashable],
+        column: str = "domain",
+        hidden_features: int = 256,
+        strength: float = 1.0,
+        slope: float = 10.0,
+        learning_rate: float | None = None,
+    ):
+        super().__init__(learning_rate)
+        self.domains = list(domains)
+        if len(self.domains) < 2 or len(set(self.domains)) < len(self.domains):
+            raise ValueError(f"domains must name two or more different domains, got {self.domains}.")
+        self.column = column
+        self.strength, self.slope = strength, slope
+        self.classifier = nn.Sequential(
+            nn.Linear(in_features, hidden_features),
+            nn.ReLU(),
+            nn.Linear(hidden_features, hidden_features),
+            nn.ReLU(),
+            nn.Linear(hidden_features, len(self.domains)),
+        )
+
+    def collate(
+        self, samples: Sequence[Mapping[str, Any]], batch: Mapping[str, Any], processor: ProcessorMixin
+    ) -> dict[str, Any]:
+        """`domains`: `(num_pictures + num_videos,)`, int64, the place in `domains` of each picture's.
+
+        Raises:
+            ValueError: a sample does not say its domain, or names an unknown one.
+        """
+        of_pictures = []
+        for index, sample in enumerate(samples):
+            domain = sample.get(self.column)
+            if domain not in self.domains:
+                raise ValueError(
+                    f"Sample {index} of the batch has {domain!r} in its column {self.column!r}, but the domains are "
+                    f"{', '.join(map(repr, self.domains))}. Every sample needs one of these there."
+                )
+            _, media = place_media(sample)
+            of_pictures += [self.domains.index(domain)] * sum(len(found) for found in media.values())
+        return {"domains": torch.tensor(of_pictures)} if of_pictures else {}
+
+    def forward(self, batch: ObjectiveBatch) -> torch.Tensor | None:
+        """Cross-entropy of the classifier, mean over the pictures of the batch.
+
+        Raises:
+            ValueError: the tower is frozen.
+        """
+        if batch.outputs.image_features is None:
+            return None
+        features = batch.outputs.image_features.last_hidden_state
+        if not features.requires_grad:
+            raise ValueError(
+                "The vision tower is frozen, so its features cannot come closer to each other. Train at least its last "
+                'layers (train_parts(model, {"vision_tower": {"train": "last 4 layers"}, …})), give this loss weight 0 '
+                "while it is frozen, or leave the loss out."
+            )
+        config = composed_model(batch.model).config
+        views, _ = view_features(config, batch.inputs, features)
+        pooled = pooled_features(views, views_of_pictures(config, batch.inputs, len(views)))
+        strength = self.strength * reversal_strength(batch.progress, self.slope)
+        logits = self.classifier(reverse_gradient(pooled, strength))
+        domains = batch.extra["domains"]
+        batch.metrics["accuracy"] = (logits.detach().argmax(-1) == domains).float().mean()
+        return nn.functional.cross_entropy(logits, domains)
