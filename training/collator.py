@@ -24,6 +24,9 @@ class AnyVlmDataCollator:
     of the forms that `processor` takes, and a sample with one video has it in a list. A list of samples is as good as a
     sample: they come into one batch together.
 
+    Or it has `text` and no `messages`: plain text, as a language model without a chat template was trained on. All of it is
+    supervised, and its end. Samples of both kinds can be in one batch.
+
     Args:
         processor: The model's processor.
         max_length: Most tokens a sample may have, image tokens included; longer ones raise. A sample cut off inside a
@@ -45,7 +48,16 @@ class AnyVlmDataCollator:
     def __call__(self, samples: Sequence[Mapping[str, Any] | Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
         samples = [one for given in samples for one in ([given] if isinstance(given, Mapping) else given)]
         texts, spans, pictures, videos = [], [], [], []
-        for sample in samples:
+        bos = self.processor.tokenizer.bos_token
+        is_plain = [sample.get("messages") is None for sample in samples]
+        for sample, plain in zip(samples, is_plain):
+            if plain:
+                text = _plain_text(sample, self.processor)
+                texts.append(text)
+                spans.append([(0, len(text))])
+                pictures.append([])
+                videos.append([])
+                continue
             messages, of_sample = place_media(sample)
             text, assistant_spans = render_with_assistant_spans(self.processor, messages)
             if self.processor.complete_prompt(text) != text:
@@ -61,12 +73,17 @@ class AnyVlmDataCollator:
         # A projector that reads the text beside the picture must not read the answer.
         prompts = [text[: parts[0][0] if parts else None] for text, parts in zip(texts, spans)]
         reads = self.processor.qformer_tokenizer is not None
-        bos = self.processor.tokenizer.bos_token
+        # A chat template that writes the beginning does so for conversations only.
+        written = any(bos and text.startswith(bos) for text, plain in zip(texts, is_plain) if not plain)
+        if written:
+            for row, plain in enumerate(is_plain):
+                if plain:
+                    texts[row], spans[row] = bos + texts[row], [(len(bos), len(bos) + len(texts[row]))]
         batch = self.processor(
             text=texts,
             images=pictures if any(pictures) else None,
             videos=videos if any(videos) else None,
-            add_special_tokens=not (bos and texts[0].startswith(bos)),
+            add_special_tokens=not written,
             padding=True,
             padding_side=self.padding_side,
             return_tensors="pt",
@@ -80,6 +97,8 @@ class AnyVlmDataCollator:
         for row, sample_spans in enumerate(spans):
             supervised = _tokens_in_spans(offsets[row], _after_expansion(sample_spans, replacements[row]))
             labels[row, supervised] = batch["input_ids"][row, supervised]
+            if is_plain[row]:  # nothing predicts the first token, and padding before it must not learn to
+                labels[row, int(batch["attention_mask"][row].argmax())] = -100
         self._check(batch, labels)
         batch["labels"] = labels
         inputs = {
@@ -101,6 +120,19 @@ class AnyVlmDataCollator:
                 "No token of this batch is supervised. Each sample needs a message of role 'assistant' with some text; "
                 "check the names of the roles, and that the chat template renders them."
             )
+
+
+def _plain_text(sample: Mapping[str, Any], processor: ProcessorMixin) -> str:
+    """The text with its end."""
+    if not isinstance(sample.get("text"), str):
+        raise ValueError(f"A sample has neither messages nor text, only {', '.join(sample) or 'nothing'}.")
+    if sample.get("images") or sample.get("videos"):
+        raise ValueError("A sample of plain text has no pictures or videos: write `messages` for those.")
+    if processor.prompt_form is not None:
+        raise ValueError(
+            f"This model's texts all have the form {processor.prompt_form}, which plain text has not. Write `messages`."
+        )
+    return sample["text"] + (processor.tokenizer.eos_token or "")
 
 
 #: What stands for it in a text -> the keys of a content block that hold it, and what a message calls it.

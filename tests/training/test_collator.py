@@ -166,3 +166,41 @@ def test_videos_without_a_place_come_first():
     }
     batch = anyvlm.AnyVlmDataCollator(processor_with())([sample])
     assert sorted(batch["num_video_frames"].tolist()) == [0, 1]
+
+
+@pytest.mark.parametrize("template", [None, PLAIN, "{{ bos_token }}" + PLAIN], ids=["default", "plain", "with bos"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_plain_text_is_supervised_whole(template, side):
+    """Beside a conversation with a picture, or alone; what predicts nothing, or stands before the text, has no label."""
+    processor = processor_with(template)
+    conversation = {"messages": [turn("user", "<image> w5"), turn("assistant", "w1")], "images": [picture(0)]}
+    # A table that mixes both kinds has all columns in each row.
+    plain = {"text": "w8 w9 w10", "messages": None, "images": None}
+    assert supervised(processor, [plain, conversation], padding_side=side) == [
+        "w9 w10 </s>" if template != "{{ bos_token }}" + PLAIN else "w8 w9 w10 </s>",
+        "w1 </s>",
+    ]
+    assert supervised(processor, [plain], padding_side=side) == ["w9 w10 </s>"]
+
+
+def test_plain_text_has_the_loss_of_the_bare_language_model():
+    model, processor = anyvlm.compose(
+        vision=vision_config("clip_vision_model"), text=text_config("llama"), tokenizer=tiny_tokenizer()
+    )
+    texts = ["w8 w9 w10 w11", "w5 w6"]
+    batch = anyvlm.AnyVlmDataCollator(processor)([{"text": text} for text in texts])
+    rows = processor.tokenizer(
+        [text + " </s>" for text in texts], padding=True, padding_side="right", return_tensors="pt"
+    )
+    labels = rows["input_ids"].masked_fill(rows["attention_mask"] == 0, -100)
+    with torch.no_grad():
+        expected = model.language_model(**rows, labels=labels).loss
+        assert model(**batch).loss == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_a_sample_of_neither_kind_is_refused():
+    collator = anyvlm.AnyVlmDataCollator(processor_with())
+    with pytest.raises(ValueError, match="neither messages nor text, only caption"):
+        collator([{"caption": "w1"}])
+    with pytest.raises(ValueError, match="write `messages`"):
+        collator([{"text": "w1 w2", "images": [picture(0)]}])
