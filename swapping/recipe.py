@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..composition.compatibility_report import count
+from ..training.parts.layer_groups import LAYER, layer_groups
 from .report import SwapReport, percent
 
 
@@ -257,25 +258,14 @@ def _tower_rate(model: nn.Module, tower: str) -> float:
 def _last_layers(model: nn.Module, tower: str) -> tuple[str, dict]:
     """The last third of the tower's layers, at most four, in words and as a part."""
     rate = _tower_rate(model, tower)
-    layers = ordered_layers(model.get_submodule(tower))
+    layers = [group for group in layer_groups(model.get_submodule(tower)) if group.kind == LAYER]
     if len(layers) < 2:
         return "all", _part(rate / 2)
     last = layers[-min(4, max(1, len(layers) // 3)) :]
     words = f"last {len(last)} layers" if len(last) > 1 else "last layer"
-    part = _part(rate, words, layers=[f"{tower}.{name}" for name in last], layer_decay=LAYER_DECAY)
+    names = [f"{tower}.{name}" for group in last for name in group.modules]
+    part = _part(rate, words, layers=names, layer_decay=LAYER_DECAY)
     return f"the {words}", part
-
-
-def ordered_layers(module: nn.Module) -> list[str]:
-    """Names of a module's layers, first to last: of its outermost list of modules that holds most of its parameters.
-
-    Layers of a transformer, stages of a convolutional network. Empty if there is no such list.
-    """
-    most = _parameters(module) / 2
-    for name, child in module.named_modules():
-        if isinstance(child, (nn.ModuleList, nn.Sequential)) and len(child) > 1 and _parameters(child) > most:
-            return [f"{name}.{index}" for index in range(len(child))]
-    return []
 
 
 def _comment(text: str) -> str:

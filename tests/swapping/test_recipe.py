@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from anyvlm.swapping import recipe as recipes
 from anyvlm.swapping.part_changes import compare_parts, digest
-from anyvlm.swapping.recipe import ordered_layers, recipe_after, recipe_yaml
+from anyvlm.swapping.recipe import recipe_after, recipe_yaml
 
 
 PROJECTOR = "multi_modal_projector"
@@ -142,9 +142,3 @@ def test_a_large_language_model_gets_lora_and_a_kept_one_half_the_rate(monkeypat
         last[swapped] = recipe_after(a_swap(model, swapped), model)["stages"][-1]["parts"]["language_model"]
         assert last[swapped]["train"] == "lora" and last[swapped]["lora"]["target_modules"] == "all-linear"
     assert last["vision"]["learning_rate"] == last["text"]["learning_rate"] / 2
-
-
-def test_layers_are_in_order_and_of_the_outermost_list():
-    model, _ = compose("resnet")
-    assert ordered_layers(model.vision_tower) == [f"encoder.stages.{index}" for index in range(4)]
-    assert ordered_layers(torch.nn.Linear(2, 2)) == []
