@@ -1,23 +1,16 @@
 """HF `Trainer` with rates per part and losses beside the language model's."""
 
-import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from .objectives.base import OBJECTIVE_INPUTS, Objective, ObjectiveBatch
-
-
-#: Heads of objectives, in a checkpoint of the trainer.
-OBJECTIVES_NAME = "objectives.safetensors"
-
-#: A weight, or one that depends on how far the training is (0 to 1).
-Weight = float | Callable[[float], float]
+from .objectives.heads import LOSS_MIXING, load_heads, save_heads
+from .objectives.weights import UncertaintyMixing, Weight
 
 
 class AnyVlmTrainer(Trainer):
@@ -26,13 +19,15 @@ class AnyVlmTrainer(Trainer):
     Args:
         objectives: Losses beside the language model's, by the name under which they are logged (`loss/<name>`).
         loss_weights: Of each, and of `language_model`; 1 where left out. A weight may be a function of the training's
-            progress, from 0 to 1. With weight 0 an objective is not computed.
+            progress, from 0 to 1 (`objectives.weights.loss_weight` makes one of a schedule). With weight 0 an objective is
+            not computed.
+        loss_mixing: Learns how much each loss counts, beside the weights (`objectives.weights.UncertaintyMixing`).
         parameter_groups: What is trained and how fast, as torch's optimizers take it (see `training.parts`).
             Default: every parameter that requires a gradient at `learning_rate`, as `Trainer` does.
         **kwargs: As for `Trainer`.
 
     Raises:
-        ValueError: a weight for an objective that is not there.
+        ValueError: a weight or a learned one for an objective that is not there.
     """
 
     def __init__(
@@ -40,24 +35,32 @@ class AnyVlmTrainer(Trainer):
         *args,
         objectives: Mapping[str, Objective] | None = None,
         loss_weights: Mapping[str, Weight] | None = None,
+        loss_mixing: UncertaintyMixing | None = None,
         parameter_groups: Sequence[Mapping[str, Any]] | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self.objectives = nn.ModuleDict(objectives or {}).to(self.args.device)
         self.loss_weights = {"language_model": 1.0, **dict.fromkeys(self.objectives, 1.0), **(loss_weights or {})}
-        unknown = self.loss_weights.keys() - {"language_model", *self.objectives}
-        if unknown:
-            raise ValueError(
-                f"There is a loss weight for {', '.join(sorted(unknown))}, but the losses are language_model"
-                + "".join(f", {name}" for name in self.objectives)
-                + "."
-            )
+        self.loss_mixing = UncertaintyMixing([]) if loss_mixing is None else loss_mixing.to(self.args.device)
+        self._check_names("a loss weight", self.loss_weights)
+        self._check_names("a learned loss weight", self.loss_mixing.names)
         self.parameter_groups = parameter_groups
-        self._loss_sums: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._loss_sums: dict[str, torch.Tensor] = {}
+        self._counted_steps: set[int] = set()
         self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
-        if any(True for _ in self.objectives.parameters()):
+        #: All that is trained beside the model, under the names that a checkpoint has.
+        self.heads = nn.ModuleDict({**self.objectives, LOSS_MIXING: self.loss_mixing})
+        if any(True for _ in self.heads.parameters()):
             self.add_callback(_HeadGradients(self))
+
+    def _check_names(self, what: str, names: Iterable[str]) -> None:
+        known = ["language_model", *self.objectives]
+        unknown = sorted(set(names) - set(known))
+        if unknown:
+            raise ValueError(f"There is {what} for {', '.join(unknown)}, but the losses are {', '.join(known)}.")
+        if LOSS_MIXING in self.objectives:
+            raise ValueError(f"No objective can be called {LOSS_MIXING!r}. Give it another name.")
 
     @property
     def progress(self) -> float:
@@ -84,32 +87,45 @@ class AnyVlmTrainer(Trainer):
         loss, outputs = super().compute_loss(
             model, {**inputs, "output_image_features": True}, True, num_items_in_batch
         )
-        self._loss_sums["language_model"].append(loss.detach())
-        loss = self.loss_weight("language_model") * loss
         # The language model's loss is divided by all accumulated labels already; the others are means over one batch.
         is_scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        share = 1 / self.current_gradient_accumulation_steps if is_scaled else 1.0
-        for name, objective in self.objectives.items():
+        share = 1 / self.current_gradient_accumulation_steps
+        self._count_loss("language_model", loss if is_scaled else share * loss)
+        computed = {"language_model": self.loss_weight("language_model") * loss}
+        shared: dict[str, Any] = {}
+        # A stable order: those that read what others found come last.
+        for name, objective in sorted(self.objectives.items(), key=lambda item: item[1].reads_shared):
             weight = self.loss_weight(name)
             if weight == 0:
                 continue
-            batch = ObjectiveBatch(model, inputs, outputs, extras.get(name, {}), self.progress)
+            batch = ObjectiveBatch(model, inputs, outputs, extras.get(name, {}), self.progress, shared=shared)
             value = objective(batch)
             for metric, number in batch.metrics.items():
                 self._metrics[f"{name}/{metric}"].append(number.detach())
+            # The same losses are logged by all processes, also by one whose batch had nothing for this one.
+            self._count_loss(name, torch.zeros_like(loss) if value is None else share * value)
             if value is not None:
-                loss = loss + weight * share * value
-                self._loss_sums[name].append(share * value.detach())
+                computed[name] = weight * (share if is_scaled else 1.0) * value
+        loss = sum(self.loss_mixing.factor(name) * value for name, value in computed.items())
+        loss = loss + (share if is_scaled else 1.0) * self.loss_mixing.penalty(list(computed))
         return (loss, outputs) if return_outputs else loss
 
+    def _count_loss(self, name: str, value: torch.Tensor) -> None:
+        self._counted_steps.add(self.state.global_step)
+        self._loss_sums[name] = self._loss_sums.get(name, 0.0) + value.detach().float()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `Trainer`'s, with the mean of each loss since the last time, and of what objectives say beside theirs."""
+        """As `Trainer`'s, with the mean of each loss per step since the last time, over all processes, and of what
+        objectives say beside theirs."""
         if "loss" in logs and self._loss_sums:
-            steps = max(len(self._loss_sums["language_model"]) / self.args.gradient_accumulation_steps, 1)
-            for name, values in self._loss_sums.items():
-                logs[f"loss/{name}"] = float(torch.stack(values).sum()) / steps
+            sums = torch.stack(list(self._loss_sums.values()))
+            means = self.accelerator.reduce(sums, "mean") / len(self._counted_steps)
+            logs.update({f"loss/{name}": float(mean) for name, mean in zip(self._loss_sums, means)})
+            for name in self.loss_mixing.names:
+                logs[f"loss_factor/{name}"] = self.loss_mixing.factor(name).item()
             logs.update({name: float(torch.stack(numbers).mean()) for name, numbers in self._metrics.items()})
             self._loss_sums.clear()
+            self._counted_steps.clear()
             self._metrics.clear()
         super().log(logs, start_time)
 
@@ -126,10 +142,10 @@ class AnyVlmTrainer(Trainer):
             # What `Trainer` does for optimizers that bring their own groups.
             self.optimizer_cls_and_kwargs = optimizer_class, {**arguments, "params": list(self.parameter_groups)}
             super().create_optimizer(model)
-        for name, objective in self.objectives.items():
-            parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+        for name, head in self.heads.items():
+            parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
             if parameters:
-                rate = self.args.learning_rate if objective.learning_rate is None else objective.learning_rate
+                rate = self.args.learning_rate if head.learning_rate is None else head.learning_rate
                 self.optimizer.add_param_group(
                     {"params": parameters, "lr": rate, "weight_decay": 0.0, "name": f"objectives.{name}"}
                 )
@@ -138,14 +154,12 @@ class AnyVlmTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer`'s. Only its own checkpoints get the objectives' heads."""
         super().save_model(output_dir, _internal_call)
-        state = self.objectives.state_dict()
-        if _internal_call and state and self.args.should_save:
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, _heads_file(output_dir))
+        if _internal_call and self.args.should_save:
+            save_heads(output_dir, self.heads)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.objectives.state_dict():
-            self.objectives.load_state_dict(load_file(_heads_file(resume_from_checkpoint)))
+        load_heads(resume_from_checkpoint, self.heads)
 
 
 class _HeadGradients(TrainerCallback):
@@ -155,15 +169,14 @@ class _HeadGradients(TrainerCallback):
         self.trainer = trainer
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.trainer.objectives.zero_grad()
+        self.trainer.heads.zero_grad()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        parameters = [p for p in self.trainer.objectives.parameters() if p.grad is not None]
-        for parameter in parameters:
-            parameter.grad = self.trainer.accelerator.reduce(parameter.grad, "mean")
+        parameters = [parameter for parameter in self.trainer.heads.parameters() if parameter.requires_grad]
+        if self.trainer.accelerator.num_processes > 1:
+            for parameter in parameters:
+                # Every process takes part, also one whose batch had nothing for this head.
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.trainer.accelerator.reduce(gradient, "mean")
         if args.max_grad_norm > 0:
             nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-
-
-def _heads_file(folder: str | os.PathLike) -> str:
-    return os.path.join(folder, OBJECTIVES_NAME)

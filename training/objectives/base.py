@@ -1,5 +1,6 @@
 """What every loss beside the language model's is."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ class ObjectiveBatch:
         progress: From 0 at the beginning of the training to 1 at its end.
         metrics: An objective may put scalars here that say more than its loss; their means are logged as
             `<name of the objective>/<key>`.
+        shared: What other objectives have left for this one in this step, by name (`similarities`).
     """
 
     model: nn.Module
@@ -35,6 +37,7 @@ class ObjectiveBatch:
     extra: Mapping[str, Any]
     progress: float
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
 
 
 class Objective(nn.Module):
@@ -45,11 +48,28 @@ class Objective(nn.Module):
         learning_rate: For its own parameters. Default: the trainer's.
 
     A subclass gives `forward`, and `collate` where it needs more of a sample than the model does.
+
+    Attributes:
+        reads_shared: It reads what others leave in `ObjectiveBatch.shared`, and so comes after those that do not.
     """
+
+    reads_shared = False
 
     def __init__(self, learning_rate: float | None = None):
         super().__init__()
         self.learning_rate = learning_rate
+
+    @classmethod
+    def settings(cls) -> dict[str, Any]:
+        """What a recipe may set, with its default, `inspect.Parameter.empty` for what it must: all arguments but `model`."""
+        parameters = inspect.signature(cls).parameters
+        return {name: parameter.default for name, parameter in parameters.items() if name != "model"}
+
+    @classmethod
+    def from_settings(cls, model: nn.Module, settings: Mapping[str, Any]) -> "Objective":
+        """The objective for a model, from what a recipe says. An argument called `model` gets the model."""
+        own = {"model": model} if "model" in inspect.signature(cls).parameters else {}
+        return cls(**own, **settings)
 
     def collate(
         self, samples: Sequence[Mapping[str, Any]], batch: Mapping[str, Any], processor: ProcessorMixin
