@@ -26,6 +26,7 @@ from .language_models import (
     resize_vocabulary,
 )
 from .norms import RmsNorm
+from .packed_samples import packed_attention_masks, packed_samples
 from .parts import restore_computed_tensors, trusted_config
 from .picture_inputs import IMAGE_INPUTS
 from .picture_states import PictureStates
@@ -189,9 +190,10 @@ class AnyVlmModel(ImageFeaturesMixin, FusionMixin, PreTrainedModel):
         sequence = input_ids if inputs_embeds is None else inputs_embeds
         batch_size, sequence_length = sequence.shape[:2]
         extra, image_mask = {}, None
+        samples = packed_samples(position_ids, attention_mask, past_key_values)
         self._check_picture_states(picture_states, past_key_values, sequence)
         if self.fusion is not None and picture_states is None:
-            picture_states = self._picture_states(input_ids, inputs_embeds, pictures)
+            picture_states = self._picture_states(input_ids, inputs_embeds, pictures, samples)
         if picture_states is not None:
             if self.fusion.changes_embeddings:
                 # The placeholder is an ordinary token here, with rows of its own in every table.
@@ -236,12 +238,19 @@ class AnyVlmModel(ImageFeaturesMixin, FusionMixin, PreTrainedModel):
                 image_mask,
                 picture_lengths,
                 kwargs.pop("token_type_ids", None),
+                samples,
             )
+        if samples is not None:
+            # With a cache, even an empty one, transformers takes a row for one sample.
+            kwargs["use_cache"] = False
+            attention_mask = self._packed_attention_mask(position_ids) if attention_mask is None else attention_mask
         if self.language_model_interface.spec["position_axes"] > 1:
             if past_key_values is None and image_mask is not None and not self.training and kwargs.get("use_cache"):
                 past_key_values = DynamicCache(config=self.language_model.config)
             grids = None if encoded is None or image_mask is None else encoded.get("token_grids")
-            position_ids = positions_on_axes(position_ids, past_key_values, image_mask, grids, picture_lengths)
+            position_ids = positions_on_axes(
+                position_ids, past_key_values, image_mask, grids, picture_lengths, samples
+            )
         arguments = self.language_model_interface.arguments(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
@@ -252,6 +261,19 @@ class AnyVlmModel(ImageFeaturesMixin, FusionMixin, PreTrainedModel):
             **kwargs,
         )
         return arguments, image_tokens, picture_states
+
+    def _packed_attention_mask(self, position_ids: torch.Tensor) -> Any:
+        """The mask for samples packed in a row, if the language model must be given one.
+
+        Raises:
+            ValueError: its samples would not stay apart.
+        """
+        packing = self.language_model_interface.spec["packing"]
+        if packing is False:
+            raise ValueError(
+                "Samples packed in one row would change one another in this language model. Pass one sample in each row."
+            )
+        return packed_attention_masks(self.language_model, position_ids) if packing == "masks" else None
 
     @can_return_tuple
     def forward(

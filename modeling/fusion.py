@@ -83,11 +83,12 @@ class FusionMixin:
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
         pictures: list[torch.Tensor],
+        samples: torch.Tensor | None = None,
     ) -> PictureStates | None:
         if pictures:
             end = self.fusion.forget_after
             ends = None if end is None else self._token_mask(end, input_ids, inputs_embeds)
-            return PictureStates.from_pictures(pictures, self._image_mask(input_ids, inputs_embeds), ends)
+            return PictureStates.from_pictures(pictures, self._image_mask(input_ids, inputs_embeds), ends, samples)
         self._refuse_missing_pictures(input_ids)
         if self.fusion.needs_pictures:
             return None

@@ -26,15 +26,15 @@ from transformers.masking_utils import (
     create_causal_mask,
     create_masks_for_generate,
     create_sliding_window_causal_mask,
-    find_packed_sequence_indices,
     sliding_window_overlay,
 )
 
 from .fusion import cached_length
+from .packed_samples import counted_within
 
 
 #: Attention implementations that are given a mask for each pair of tokens. Flash attention is not.
-_WITH_PAIRS = ("eager", "sdpa", "flex_attention")
+_WITH_PAIRS = ("eager", "sdpa", "flex_attention", "packed_sdpa")
 
 
 def image_attention_masks(
@@ -47,26 +47,41 @@ def image_attention_masks(
     image_mask: torch.Tensor | None,
     picture_lengths: list[int],
     token_type_ids: torch.Tensor | None,
+    samples: torch.Tensor | None = None,
 ) -> Any:
     """What the language model gets as its mask; `attention_mask` itself where nothing but the past is seen.
 
     Args:
         shape: `(batch, sequence)` of what it is called with; the other arguments are explained below.
+        samples: The sample of each token, where several are packed in a row.
     """
     past_length = cached_length(past_key_values) or 0
     device = position_ids.device
     blocks = attention_blocks(image_attention, image_mask, picture_lengths, token_type_ids, shape, past_length, device)
     if blocks is None:
         return attention_mask
+    if samples is not None and image_attention == "prefix":  # each sample has a prompt of its own
+        blocks = torch.where(blocks == 0, -2 - samples, blocks)
+        blocks = torch.where(blocks == -1, -1, blocks - blocks.min())
     inputs = torch.empty(*shape, 0, dtype=language_model.dtype, device=device)
     return block_attention_masks(
-        language_model.config, image_attention, inputs, attention_mask, position_ids, past_key_values, blocks
+        language_model.config,
+        image_attention,
+        inputs,
+        attention_mask,
+        None if samples is None else position_ids,
+        past_key_values,
+        blocks,
     )
 
 
-def answer_token_types(labels: torch.Tensor) -> torch.Tensor:
-    """`token_type_ids` `(batch, sequence)`, int64: 0 before the first label of each sample, 1 from there on."""
-    return (labels != -100).cumsum(1).clamp(max=1)
+def answer_token_types(labels: torch.Tensor, samples: torch.Tensor | None = None) -> torch.Tensor:
+    """`token_type_ids` `(batch, sequence)`, int64: 0 before the first label of each sample, 1 from there on.
+
+    Args:
+        samples: The sample of each token, where several are packed in a row.
+    """
+    return counted_within((labels != -100).long(), samples).clamp(max=1)
 
 
 def picture_blocks(image_mask: torch.Tensor, picture_lengths: list[int]) -> torch.Tensor:
@@ -130,11 +145,12 @@ def block_attention_masks(
         config: Of the language model.
         inputs: `(batch, sequence, …)` in the dtype of the activations; only shape, dtype and device are read.
         attention_mask: `(batch, past + sequence)`, 0 at padding, or `None`.
+        position_ids: `(batch, sequence)` of samples that are packed in a row, `None` otherwise.
         blocks: `(batch, past + sequence)`, see `attention_blocks`.
 
     Raises:
-        ValueError: an attention implementation without such masks; a mask that was prepared already; samples packed
-            one after another in one row.
+        ValueError: an attention implementation without such masks; a mask that was prepared already; packed samples
+            and a sliding window.
     """
     if config._attn_implementation not in _WITH_PAIRS:
         raise ValueError(
@@ -147,17 +163,12 @@ def block_attention_masks(
             f"With image_attention={image_attention!r} the model makes the masks itself. Pass attention_mask as "
             "(batch, sequence), 0 at padding, or leave it out."
         )
-    packed = attention_mask is None and past_key_values is None and position_ids is not None and position_ids.ndim == 2
-    if packed and find_packed_sequence_indices(position_ids) is not None:
-        raise ValueError(
-            f"Samples packed in one row cannot be used with image_attention={image_attention!r}: pass one sample in "
-            "each row, padded, with an attention_mask."
-        )
     arguments = {
         "config": config,
         "inputs_embeds": inputs,
         "attention_mask": attention_mask,
         "past_key_values": past_key_values,
+        "position_ids": position_ids,
     }
     masks = create_masks_for_generate(**arguments, block_sequence_ids=blocks)
     if image_attention == "prefix":
@@ -171,6 +182,11 @@ def block_attention_masks(
         if isinstance(masks, dict)
         else [None] * (getattr(config, "sliding_window", None) is not None)
     )
+    if sliding and position_ids is not None:
+        raise ValueError(
+            f"Samples cannot be packed in one row with image_attention={image_attention!r} and a language model that has a "
+            "sliding window. Train it without packing."
+        )
     for name in sliding:
         mask = _windowed_blocks(arguments, blocks)
         masks = mask if name is None else {**masks, name: mask}

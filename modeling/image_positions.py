@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from transformers.cache_utils import Cache
 
+from .packed_samples import counted_within
+
 
 #: Time, row, column.
 NUM_AXES = 3
@@ -24,6 +26,7 @@ def image_positions(
     image_mask: torch.Tensor,
     token_grids: Sequence[tuple[int, int] | None],
     picture_lengths: Sequence[int],
+    samples: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions on all axes, and what is to be added to the count of tokens after these.
 
@@ -32,6 +35,7 @@ def image_positions(
         image_mask: Boolean `(batch, sequence)`, true at image tokens.
         token_grids: Rows and columns of the tokens of each picture; `None` for tokens that are no grid.
         picture_lengths: Number of tokens of each picture.
+        samples: The sample of each token, where several are packed in a row.
 
     Returns:
         `(3, batch, sequence)` and `(batch, 1)`, int64.
@@ -50,7 +54,7 @@ def image_positions(
     device = position_ids.device
     gain = torch.zeros(image_mask.shape, dtype=torch.long, device=device)
     gain[image_mask] = torch.cat(gains).to(device)
-    positions = (position_ids + gain.cumsum(1) - gain).repeat(NUM_AXES, 1, 1)
+    positions = (position_ids + counted_within(gain, samples) - gain).repeat(NUM_AXES, 1, 1)
     positions[:, image_mask] += torch.cat(offsets, dim=1).to(device)
     return positions.clamp(min=0), gain.sum(1, keepdim=True)
 
@@ -61,13 +65,14 @@ def positions_on_axes(
     image_mask: torch.Tensor | None,
     token_grids: Sequence[tuple[int, int] | None] | None,
     picture_lengths: Sequence[int],
+    samples: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`position_ids` on all axes; those that have several already stay.
 
     Args:
         position_ids: `(batch or 1, sequence)`, counting tokens; or `(axes, batch, sequence)`.
         past_key_values: The cache, which is told what the pictures saved, and tells it at later steps.
-        image_mask, token_grids, picture_lengths: As for `image_positions`; `None`, `None` and empty without pictures.
+        image_mask, token_grids, picture_lengths, samples: As for `image_positions`; `None` or empty without pictures.
 
     Raises:
         ValueError: pictures whose grids are not known.
@@ -83,7 +88,7 @@ def positions_on_axes(
             "The positions of image tokens follow from the rows and columns of each picture's tokens, and these are not "
             "known. Pass what get_image_features returned as mm_encoder_outputs['image'], whole, or pixel_values."
         )
-    position_ids, gained = image_positions(position_ids, image_mask, token_grids, picture_lengths)
+    position_ids, gained = image_positions(position_ids, image_mask, token_grids, picture_lengths, samples)
     if past_key_values is not None:
         past_key_values.position_shift = shift + gained
     return position_ids

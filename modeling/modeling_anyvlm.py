@@ -14,6 +14,7 @@ from .fusion import cached_length
 from .image_attention import answer_token_types
 from .image_features import AnyVlmImageFeatures
 from .language_models import labelled_positions
+from .packed_samples import packed_samples
 from .picture_inputs import IMAGE_INPUTS
 from .picture_states import PictureStates
 
@@ -126,7 +127,8 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
         """
         interface = self.language_model_interface
         if labels is not None and self.config.image_attention == "prefix" and kwargs.get("token_type_ids") is None:
-            kwargs["token_type_ids"] = answer_token_types(labels)
+            samples = packed_samples(position_ids, attention_mask, past_key_values)
+            kwargs["token_type_ids"] = answer_token_types(labels, samples)
         if labels is not None and logits_to_keep is None and interface.takes_logits_to_keep:
             logits_to_keep, labels = labelled_positions(labels, interface.keeps_logits_per_sample)
         processor_outputs = {

@@ -17,6 +17,8 @@ class PictureStates:
         pictures_shown: `(batch, sequence)`, int64: how many pictures stand up to this position of the text.
         keys_values: Number of a layer -> its keys and values of `tokens`. Filled without gradients, so that decoding
             computes them once.
+        samples: Where several samples are packed in a row: the sample of each position `(batch, sequence)`, and of each of
+            `tokens` `(batch, num_tokens)`, both int64.
     """
 
     def __init__(
@@ -25,15 +27,21 @@ class PictureStates:
         picture_of_token: torch.Tensor,
         pictures_shown: torch.Tensor,
         keys_values: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None,
+        samples: tuple[torch.Tensor, torch.Tensor] | None = None,
     ):
         self.tokens = tokens
         self.picture_of_token = picture_of_token
         self.pictures_shown = pictures_shown
         self.keys_values = {} if keys_values is None else keys_values
+        self.samples = samples
 
     @classmethod
     def from_pictures(
-        cls, pictures: list[torch.Tensor], image_mask: torch.Tensor, ends: torch.Tensor | None = None
+        cls,
+        pictures: list[torch.Tensor],
+        image_mask: torch.Tensor,
+        ends: torch.Tensor | None = None,
+        samples: torch.Tensor | None = None,
     ) -> "PictureStates":
         """Give each sample its pictures, by the placeholders in its text.
 
@@ -41,6 +49,7 @@ class PictureStates:
             pictures: The tokens `(num_tokens, width)` of each picture of the batch, in order; at least one picture.
             image_mask: Boolean `(batch, sequence)`, true at each picture's placeholder.
             ends: Boolean `(batch, sequence)`, true at tokens after which no picture is seen until the next one.
+            samples: The sample of each position, where several are packed in a row.
 
         Raises:
             ValueError: more or fewer pictures than placeholders.
@@ -51,13 +60,15 @@ class PictureStates:
                 f"{len(pictures)} pictures came with a text that has {sum(counts)} image tokens. With this fusion each "
                 "picture has one image token in the text; make both in one call of the processor."
             )
-        samples, numbers = [], []
+        tokens, numbers, sample_of_token = [], [], []
         rest = list(pictures)
-        for count in counts:
+        for row, count in enumerate(counts):
             own, rest = rest[:count], rest[count:]
-            samples.append(torch.cat(own) if own else pictures[0][:0])
+            tokens.append(torch.cat(own) if own else pictures[0][:0])
             lengths = torch.tensor([len(picture) for picture in own], dtype=torch.long, device=image_mask.device)
             numbers.append(torch.arange(1, count + 1, device=image_mask.device).repeat_interleave(lengths))
+            if samples is not None:
+                sample_of_token.append(samples[row, image_mask[row]].repeat_interleave(lengths))
         shown = image_mask.long().cumsum(1)
         if ends is not None:
             position = torch.arange(1, image_mask.shape[1] + 1, device=image_mask.device).expand_as(shown)
@@ -65,7 +76,10 @@ class PictureStates:
             last_end = (position * ends).cummax(1).values.roll(1, dims=1)  # of those before the token
             last_end[:, 0] = 0
             shown = shown.masked_fill(last_end >= last_picture, 0)
-        return cls(pad_sequence(samples, batch_first=True), pad_sequence(numbers, batch_first=True), shown)
+        packed = None if samples is None else (samples, pad_sequence(sample_of_token, batch_first=True))
+        return cls(
+            pad_sequence(tokens, batch_first=True), pad_sequence(numbers, batch_first=True), shown, samples=packed
+        )
 
     @classmethod
     def without_pictures(cls, text: torch.Tensor, width: int) -> "PictureStates":
@@ -82,7 +96,11 @@ class PictureStates:
         """Boolean `(batch, sequence, num_tokens)`: which tokens of pictures each position sees."""
         shown = self.pictures_shown.unsqueeze(2)
         number = self.picture_of_token.to(shown.device).unsqueeze(1)
-        return (number == shown if see == "latest" else number <= shown) & (number > 0)
+        visible = (number == shown if see == "latest" else number <= shown) & (number > 0)
+        if self.samples is None:
+            return visible
+        of_position, of_token = self.samples
+        return visible & (of_position.unsqueeze(2) == of_token.unsqueeze(1))
 
     def window(self, start: int, length: int) -> "PictureStates":
         """The same pictures for `length` positions from `start` on. Positions after the text that is known have been

@@ -11,6 +11,7 @@ from transformers import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .objectives.base import OBJECTIVE_INPUTS, Objective
+from .packing import pack
 
 
 @dataclass
@@ -34,6 +35,8 @@ class AnyVlmDataCollator:
         padding_side: `"right"` or `"left"`.
         objectives: Losses beside the language model's, by name, as `AnyVlmTrainer` takes them; what they need of a sample
             goes into the batch under `objective_inputs`.
+        packing: Put the samples of a batch one after another in one row, without padding, see `training/packing.py`. Call
+            `enable_packing` first: not every language model keeps them apart.
 
     Raises:
         ValueError: no token of the batch is supervised; a sample is too long; the chat template does not show where
@@ -44,9 +47,22 @@ class AnyVlmDataCollator:
     max_length: int | None = None
     padding_side: str = "right"
     objectives: Mapping[str, Objective] = field(default_factory=dict)
+    packing: bool = False
 
     def __call__(self, samples: Sequence[Mapping[str, Any] | Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
         samples = [one for given in samples for one in ([given] if isinstance(given, Mapping) else given)]
+        batch = self.unpacked(samples)
+        inputs = {
+            name: objective.collate(samples, batch, self.processor) for name, objective in self.objectives.items()
+        }
+        if self.packing:
+            batch = pack(batch)
+        if any(inputs.values()):
+            batch[OBJECTIVE_INPUTS] = {name: tensors for name, tensors in inputs.items() if tensors}
+        return batch
+
+    def unpacked(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """The model's inputs, one sample in each row, padded."""
         texts, spans, pictures, videos = [], [], [], []
         bos = self.processor.tokenizer.bos_token
         is_plain = [sample.get("messages") is None for sample in samples]
@@ -101,11 +117,6 @@ class AnyVlmDataCollator:
                 labels[row, int(batch["attention_mask"][row].argmax())] = -100
         self._check(batch, labels)
         batch["labels"] = labels
-        inputs = {
-            name: objective.collate(samples, batch, self.processor) for name, objective in self.objectives.items()
-        }
-        if any(inputs.values()):
-            batch[OBJECTIVE_INPUTS] = {name: tensors for name, tensors in inputs.items() if tensors}
         return dict(batch)
 
     def _check(self, batch: Mapping[str, torch.Tensor], labels: torch.Tensor) -> None:
