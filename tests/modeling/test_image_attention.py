@@ -303,8 +303,8 @@ class TestRefusals:
         with pytest.raises(ValueError, match="makes the masks itself"):
             model(**inputs_of(model), attention_mask=torch.ones(1, 1, len(TEXT), len(TEXT), dtype=torch.bool))
 
-    def test_packed_samples(self):
-        model, _ = composed()
+    def test_packed_samples_and_a_sliding_window(self):
+        model, _ = compose(text="gemma3_text", image_attention="bidirectional")
         positions = torch.cat([torch.arange(7), torch.arange(5)]).unsqueeze(0)
         with pytest.raises(ValueError, match="packed"):
             model(**inputs_of(model), position_ids=positions)
