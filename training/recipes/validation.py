@@ -1,0 +1,160 @@
+"""Is a recipe right? Everything that is wrong is said at once, before anything runs."""
+
+import inspect
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .arguments import check_training_arguments, training_arguments
+from .checks import Findings, check_mapping, check_value, unknown
+from .losses import check_losses
+from .schema import FORGETTING, PART, PART_ALIASES, PARTS, RECIPE, STAGE, Key, Recipe, recipe_of, settings_of_part
+from .yaml_file import KeyPath, RecipeError, YamlFile, read_yaml
+
+
+def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and check all that can be known without its model (`check_with_model` checks the rest).
+
+    Args:
+        overrides: Values to set first: `"stages.0.epochs=2"`.
+
+    Raises:
+        RecipeError: with everything that is wrong, each with its place.
+        OSError: the file cannot be read.
+    """
+    file = read_yaml(path)
+    for assignment in overrides:
+        file.override(assignment)
+    return validate(file)
+
+
+def validate(file: YamlFile) -> Recipe:
+    """As `load_recipe`, of a file that was read."""
+    findings = Findings(file)
+    values = file.values
+    if check_mapping(values, RECIPE, (), findings):
+        _check_model(values, findings)
+        for key, check in _SECTIONS.items():
+            if isinstance(values.get(key), dict):
+                check(values[key], (key,), findings)
+        if isinstance(values.get("stages"), list):
+            _check_stages(values, findings)
+        _check_places(values, findings)
+    if findings.problems:
+        raise RecipeError(findings.problems)
+    recipe = recipe_of(file.name, values)
+    recipe.file = file
+    _check_made_arguments(recipe, findings)
+    if findings.problems:
+        raise RecipeError(findings.problems)
+    return recipe
+
+
+def _check_model(values: dict[str, Any], findings: Findings) -> None:
+    given = [key for key in ("model", "compose") if values.get(key)]
+    if len(given) != 1:
+        message = "is missing" if not given else "and `compose` exclude each other"
+        findings.add(
+            ("model",) if given else (), f"`model` {message}: give a checkpoint, or what to compose one from."
+        )
+    if isinstance(values.get("compose"), dict):
+        from anyvlm.composition.compose import compose
+
+        known = inspect.signature(compose).parameters
+        for key in values["compose"]:
+            if key in ("seed", "trust_remote_code", "dtype"):
+                findings.add(("compose", key), f"the recipe's own `{key}` says it.")
+            elif key not in known:
+                findings.add(("compose", key), unknown(key, known, "argument of anyvlm.compose"))
+        for key in ("vision", "text"):
+            if not values["compose"].get(key):
+                findings.add(("compose",), f"`{key}` is missing: a Hub id or a folder.")
+
+
+def _check_stages(values: dict[str, Any], findings: Findings) -> None:
+    if not values["stages"]:
+        findings.add(("stages",), "there is no stage; write at least one, with `name`, `epochs` and `parts`.")
+    for index, stage in enumerate(values["stages"]):
+        path: KeyPath = ("stages", index)
+        if not check_mapping(stage, STAGE, path, findings):
+            continue
+        for key, check in _SECTIONS.items():
+            if isinstance(stage.get(key), dict):
+                check(stage[key], (*path, key), findings)
+        if ("epochs" in stage) == ("max_steps" in stage):
+            message = "exclude each other; keep one" if "epochs" in stage else "are both missing; write one"
+            findings.add(path, f"`epochs` and `max_steps` {message}.")
+        if isinstance(stage.get("parts"), dict):
+            _check_parts(stage["parts"], (*path, "parts"), findings)
+        if isinstance(stage.get("losses"), dict):
+            check_losses(stage["losses"], (*path, "losses"), findings)
+        if not stage.get("data") and not values.get("data"):
+            findings.add(path, "there is no `data`, neither here nor at the top of the recipe.")
+        _check_evaluation(values, index, findings)
+
+
+def _check_evaluation(values: dict[str, Any], index: int, findings: Findings) -> None:
+    """Evaluating needs something to evaluate on."""
+    path: KeyPath = ("stages", index, "training_arguments")
+    stage = values["stages"][index]
+    for holder, here in ((stage, path), (values, ("training_arguments",))):
+        strategy = (holder.get("training_arguments") or {}).get("eval_strategy")
+        if strategy is None:
+            continue
+        if strategy != "no" and not any((place.get("data") or {}).get("eval") for place in (stage, values)):
+            findings.add((*here, "eval_strategy"), "there is nothing to evaluate on; write `eval` in `data` too.")
+        return
+
+
+def _check_parts(parts: dict[str, Any], path: KeyPath, findings: Findings) -> None:
+    if not parts:
+        findings.add(path, f"nothing is trained; write one of {', '.join((*PART_ALIASES, *PARTS))}.")
+    for name, written in parts.items():
+        here = (*path, name)
+        if name.split(".", 1)[0] not in (*PARTS, *PART_ALIASES):
+            findings.add(here, unknown(name, (*PART_ALIASES, *PARTS), "part"))
+        if isinstance(written, (bool, list)):
+            findings.add(here, f"write `{name}: all`, a learning rate, or keys with values below it.")
+            continue
+        settings = settings_of_part(written)
+        if isinstance(written, dict):
+            check_mapping(settings, PART, here, findings)
+        elif "learning_rate" in settings:
+            check_value(settings["learning_rate"], PART["learning_rate"], here, findings)
+
+
+def _check_forgetting(values: dict[str, Any], path: KeyPath, findings: Findings) -> None:
+    # A stage may give some of the keys only.
+    keys = FORGETTING if path == ("forgetting",) else {**FORGETTING, "texts": Key("text or list", "held-out texts")}
+    check_mapping(values, keys, path, findings)
+
+
+def _check_data(values: dict[str, Any], path: KeyPath, findings: Findings) -> None:
+    """Until the data is opened only this is known of it."""
+    if path == ("data",) and not values.get("train"):
+        findings.add(path, "`train` is missing: what to train on.")
+
+
+_SECTIONS = {"training_arguments": check_training_arguments, "forgetting": _check_forgetting, "data": _check_data}
+
+
+def _check_places(values: dict[str, Any], findings: Findings) -> None:
+    """Folders and files."""
+    output = values.get("output")
+    if isinstance(output, str) and output:
+        if Path(output).exists() and not Path(output).is_dir():
+            findings.add(("output",), f"{output} is a file; write a folder.")
+        if isinstance(values.get("model"), str) and Path(output).resolve() == Path(values["model"]).resolve():
+            findings.add(("output",), "this is the model that is read; write another folder.")
+
+
+def _check_made_arguments(recipe: Recipe, findings: Findings) -> None:
+    """What transformers says of each stage's arguments together."""
+    for stage in recipe.stages:
+        try:
+            training_arguments(stage.training_arguments, recipe.output, recipe.seed)
+        except (ValueError, ImportError) as error:
+            path: KeyPath = ("stages", stage.number - 1, "training_arguments")
+            of_stage = recipe.values["stages"][stage.number - 1].get("training_arguments")
+            findings.add(path if of_stage else ("training_arguments",), " ".join(str(error).split()))
