@@ -14,6 +14,7 @@ from .commands.convert import convert
 from .commands.demo import demo
 from .commands.generate import generate
 from .commands.swap import swap
+from .commands.train import train
 from .commands.verify import verify
 from .publishing.command import push
 
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for _command in (compose, swap, generate, demo, check, verify, convert, push):
+for _command in (compose, swap, train, generate, demo, check, verify, convert, push):
     app.command()(_command)
 
 

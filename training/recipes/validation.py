@@ -86,7 +86,8 @@ def _check_stages(values: dict[str, Any], findings: Findings) -> None:
             message = "exclude each other; keep one" if "epochs" in stage else "are both missing; write one"
             findings.add(path, f"`epochs` and `max_steps` {message}.")
         if isinstance(stage.get("parts"), dict):
-            _check_parts(stage["parts"], (*path, "parts"), findings)
+            arguments = {**_mapping(values, "training_arguments"), **_mapping(stage, "training_arguments")}
+            _check_parts(stage["parts"], (*path, "parts"), findings, "learning_rate" in arguments)
         if isinstance(stage.get("losses"), dict):
             check_losses(stage["losses"], (*path, "losses"), findings)
         if not stage.get("data") and not values.get("data"):
@@ -107,7 +108,11 @@ def _check_evaluation(values: dict[str, Any], index: int, findings: Findings) ->
         return
 
 
-def _check_parts(parts: dict[str, Any], path: KeyPath, findings: Findings) -> None:
+def _mapping(values: dict[str, Any], key: str) -> dict[str, Any]:
+    return values[key] if isinstance(values.get(key), dict) else {}
+
+
+def _check_parts(parts: dict[str, Any], path: KeyPath, findings: Findings, has_rate: bool) -> None:
     if not parts:
         findings.add(path, f"nothing is trained; write one of {', '.join((*PART_ALIASES, *PARTS))}.")
     for name, written in parts.items():
@@ -122,6 +127,8 @@ def _check_parts(parts: dict[str, Any], path: KeyPath, findings: Findings) -> No
             check_mapping(settings, PART, here, findings)
         elif "learning_rate" in settings:
             check_value(settings["learning_rate"], PART["learning_rate"], here, findings)
+        if not has_rate and settings.get("learning_rate") is None and settings.get("train") != "frozen":
+            findings.add(here, "`learning_rate` is missing, here and in `training_arguments` (transformers would take 5e-5).")
 
 
 def _check_forgetting(values: dict[str, Any], path: KeyPath, findings: Findings) -> None:

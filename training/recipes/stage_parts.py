@@ -1,0 +1,51 @@
+"""What a stage trains, set up on a model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..parts.trained_parts import TrainedParts, train_parts
+from .schema import PART_ALIASES
+
+
+#: Values of `train` that mean adapters -> the type of `add_adapters`.
+ADAPTERS = {"lora": "lora", "dora": "dora"}
+#: The smallest of what LoRA needs (Hu et al. 2021), where a recipe does not say.
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+
+
+def full_names(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """`projector` as the model calls it."""
+    return {PART_ALIASES.get(name, name): dict(settings) for name, settings in parts.items()}
+
+
+def prepare_parts(
+    model: PreTrainedModel, parts: Mapping[str, Mapping[str, Any]]
+) -> tuple[nn.Module, TrainedParts]:
+    """Adapters where a stage asks for them, and all else frozen or trained as it says.
+
+    Raises:
+        ValueError: parts, layers or targets that the model has not.
+    """
+    parts = full_names(parts)
+    adapters = {
+        name: {"type": ADAPTERS[settings["train"]], **(settings.get("lora") or LORA)}
+        for name, settings in parts.items()
+        if settings.get("train") in ADAPTERS
+    }
+    adapted: nn.Module = model
+    if adapters:
+        from ..parts.adapters import add_adapters
+
+        whole = tuple(name for name, settings in parts.items() if settings.get("train", "all") == "all")
+        adapted = add_adapters(model, adapters, also_train=whole, base_model=model.name_or_path or "the stage before")
+    return adapted, train_parts(adapted, parts)
+
+
+def without_adapters(model: nn.Module) -> PreTrainedModel:
+    """The model with its adapters merged into its weights."""
+    if isinstance(model, PreTrainedModel):
+        return model
+    return model.merge_and_unload()
