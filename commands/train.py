@@ -33,8 +33,8 @@ def train(
     """Train a model by a recipe: what is trained in which stage, on which data, at which rates, with which losses.
 
     The recipe is checked as a whole before anything runs. Interrupted, the same command goes on where it was; a recipe that
-    was changed since is refused. The trained model is in the folder `output` of the recipe, with summary.md, summary.json and
-    summary.png; the stages on the way, with TensorBoard's files, are in stages inside it.
+    was changed since is refused. The trained model is in the folder `output` of the recipe, with summary.md, summary.json
+    and summary.png; the stages on the way, with TensorBoard's files, are in stages inside it.
 
     To begin: write one of the recipes that come along to a file of your own, fill in the model and the data, and check it.
     Every key is explained in docs/recipes.md. Several graphics cards: accelerate launch -m anyvlm.cli train my.yaml
@@ -83,7 +83,9 @@ def _train(path: Path, overrides: list[str], check: bool, restart: bool) -> None
             for problem in error.problems:
                 typer.echo(str(problem), err=True)
             count = len(error.problems)
-            typer.echo(f"anyvlm: error: {count} mistake{'s' if count > 1 else ''} in {path}; nothing was run.", err=True)
+            typer.echo(
+                f"anyvlm: error: {count} mistake{'s' if count > 1 else ''} in {path}; nothing was run.", err=True
+            )
         raise typer.Exit(1) from error
     console = Console(quiet=not _is_main())
     if check:

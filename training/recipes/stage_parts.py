@@ -21,9 +21,7 @@ def full_names(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, An
     return {PART_ALIASES.get(name, name): dict(settings) for name, settings in parts.items()}
 
 
-def prepare_parts(
-    model: PreTrainedModel, parts: Mapping[str, Mapping[str, Any]]
-) -> tuple[nn.Module, TrainedParts]:
+def prepare_parts(model: PreTrainedModel, parts: Mapping[str, Mapping[str, Any]]) -> tuple[nn.Module, TrainedParts]:
     """Adapters where a stage asks for them, and all else frozen or trained as it says.
 
     Raises:

@@ -128,7 +128,9 @@ def _check_parts(parts: dict[str, Any], path: KeyPath, findings: Findings, has_r
         elif "learning_rate" in settings:
             check_value(settings["learning_rate"], PART["learning_rate"], here, findings)
         if not has_rate and settings.get("learning_rate") is None and settings.get("train") != "frozen":
-            findings.add(here, "`learning_rate` is missing, here and in `training_arguments` (transformers would take 5e-5).")
+            findings.add(
+                here, "`learning_rate` is missing, here and in `training_arguments` (transformers would take 5e-5)."
+            )
 
 
 def _check_forgetting(values: dict[str, Any], path: KeyPath, findings: Findings) -> None:
