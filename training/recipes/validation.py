@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..objectives.registry import OBJECTIVES, check_losses
 from .arguments import check_training_arguments, training_arguments
 from .checks import Findings, check_mapping, check_value, unknown
-from .losses import check_losses
 from .schema import FORGETTING, PART, PART_ALIASES, PARTS, RECIPE, STAGE, Key, Recipe, recipe_of, settings_of_part
 from .yaml_file import KeyPath, RecipeError, YamlFile, read_yaml
+
+
+#: The loss that every stage has.
+LANGUAGE_MODEL = "language_model"
 
 
 def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Recipe:
@@ -89,10 +93,19 @@ def _check_stages(values: dict[str, Any], findings: Findings) -> None:
             arguments = {**_mapping(values, "training_arguments"), **_mapping(stage, "training_arguments")}
             _check_parts(stage["parts"], (*path, "parts"), findings, "learning_rate" in arguments)
         if isinstance(stage.get("losses"), dict):
-            check_losses(stage["losses"], (*path, "losses"), findings)
+            _check_losses(stage["losses"], (*path, "losses"), findings)
         if not stage.get("data") and not values.get("data"):
             findings.add(path, "there is no `data`, neither here nor at the top of the recipe.")
         _check_evaluation(values, index, findings)
+
+
+def _check_losses(losses: dict[str, Any], path: KeyPath, findings: Findings) -> None:
+    for name, setting in losses.items():
+        if name != LANGUAGE_MODEL and name not in OBJECTIVES:
+            findings.add((*path, name), unknown(name, (LANGUAGE_MODEL, *OBJECTIVES), "loss"))
+            continue
+        for problem in check_losses({name: setting}):
+            findings.add((*path, name), problem.removeprefix(f"losses.{name}: "))
 
 
 def _check_evaluation(values: dict[str, Any], index: int, findings: Findings) -> None:
