@@ -1,6 +1,7 @@
 """Any kind of picture that people pass, to one RGB `PIL.Image`, or an error that says what to do."""
 
 import os
+from collections.abc import Mapping
 from io import BytesIO
 from typing import Any
 
@@ -18,9 +19,10 @@ def to_rgb_picture(image: Any) -> Image.Image:
     """One picture as 8-bit RGB.
 
     Args:
-        image: `PIL.Image` of any 8-bit mode; a path, URL, base64 string or bytes; an array or tensor, uint8 in 0-255
-            or floating point in 0-1, shaped `(height, width)`, `(height, width, channels)` or
-            `(channels, height, width)` with 1, 3 or 4 channels.
+        image: `PIL.Image` of any 8-bit mode; a path, URL, base64 string or bytes; `{"bytes", "path"}`, of which
+            one may be `None` (`datasets.Image(decode=False)`); an array or tensor, uint8 in 0-255 or floating point in
+            0-1, shaped `(height, width)`, `(height, width, channels)` or `(channels, height, width)` with 1, 3 or 4
+            channels.
 
     Greyscale, palette and CMYK pictures are converted; transparent ones are laid on white; a camera's orientation tag
     is applied.
@@ -29,6 +31,8 @@ def to_rgb_picture(image: Any) -> Image.Image:
         ValueError: no pixels, more than 8 bits a channel, or a file that is truncated or not a picture.
         TypeError: something that is no picture.
     """
+    if isinstance(image, Mapping) and (image.get("bytes") is not None or image.get("path")):
+        image = image["path"] if image.get("bytes") is None else image["bytes"]
     name = str(image) if isinstance(image, (str, os.PathLike)) and len(str(image)) < 300 else "the picture"
     try:
         picture = _open(image)
