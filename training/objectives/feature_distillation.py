@@ -1,7 +1,6 @@
 """A tuned tower stays near another one, often itself as it was: its features of each place are compared with the other's."""
 
 import copy
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from ...modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
 from ...modeling.vision_towers import call_vision_tower, read_features
 from ..collator import place_media
 from .base import Objective, ObjectiveBatch
+from .fingerprint import weights_fingerprint
 from .picture_features import composed_model, tower_inputs, view_features, views_of_pictures
 
 
@@ -63,11 +63,7 @@ class TeacherTower:
     @property
     def fingerprint(self) -> torch.Tensor:
         """`(32,)`, uint8: sha256 of its weights."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.vision_tower.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+        return weights_fingerprint(self.vision_tower)
 
     @torch.no_grad()
     def features(self, inputs: Mapping[str, Any], device: torch.device) -> tuple[list[torch.Tensor], list[Grid]]:
