@@ -27,6 +27,7 @@ from .swapping.verification import verify
 from .swapping.verification_report import VerificationReport
 from .swapping.while_loading import load_swapped_model as _load_swapped_model  # noqa: F401 - registers itself
 from .training.collator import AnyVlmDataCollator
+from .training.feature_cache import FeatureCache
 from .training.trainer import AnyVlmTrainer
 
 
@@ -47,6 +48,7 @@ __all__ = [
     "AnyVlmTrainer",
     "CompatibilityReport",
     "CompositionError",
+    "FeatureCache",
     "SwapReport",
     "VerificationReport",
     "__version__",

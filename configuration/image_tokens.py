@@ -39,13 +39,18 @@ def image_grids(vision_tower_spec: dict, pixel_values, processor_outputs: Mappin
     """The grid of features of every picture of a batch.
 
     Args:
-        pixel_values: Plain pictures ``(num_images, channels, height, width)``, or patches.
+        pixel_values: Plain pictures ``(num_images, channels, height, width)``, or patches; ``None`` if none came as pixels.
         processor_outputs: What the tower's own image processor gives beside patches: ``image_grid_thw``
             ``(num_images, 3)``, ``spatial_shapes`` or ``target_sizes`` ``(num_images, 2)``, in patches,
             ``image_position_ids`` ``(num_images, num_patches, 2)``, column and row, negative at padding,
+            ``tower_grids`` ``(num_views, 2)``, where a picture may come as features that the tower gave before,
             ``image_sizes`` ``(num_images, 2)``, in pixels, or ``pixel_attention_mask`` ``(num_images, height, width)``, 0 at
             padding. Empty for plain pictures.
     """
+    if processor_outputs.get("tower_grids") is not None:
+        others = {key: value for key, value in processor_outputs.items() if key != "tower_grids"}
+        computed = iter([] if pixel_values is None else image_grids(vision_tower_spec, pixel_values, others))
+        return [tuple(grid) if any(grid) else next(computed) for grid in processor_outputs["tower_grids"].tolist()]
     merge = vision_tower_spec["merge_size"]
     for key in ("image_grid_thw", "spatial_shapes", "target_sizes"):
         if processor_outputs.get(key) is not None:

@@ -34,7 +34,7 @@ class ImageFeaturesMixin:
     @can_return_tuple
     def get_image_features(
         self,
-        pixel_values: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
         image_grid_thw: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
@@ -45,6 +45,8 @@ class ImageFeaturesMixin:
         qformer_attention_mask: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
         num_video_frames: torch.Tensor | None = None,
+        tower_features: torch.Tensor | None = None,
+        tower_grids: torch.Tensor | None = None,
         **kwargs,
     ) -> AnyVlmImageFeatures:
         """Features and projected tokens of pictures and videos.
@@ -68,6 +70,10 @@ class ImageFeaturesMixin:
                 views depend on that.
             num_video_frames: `(num_images + num_videos,)`, where there are videos: the frames (or clips) of each, which
                 are views among the pictures', and 0 for a picture.
+            tower_features: `(all features, hidden_size)`, what `get_tower_features` gave for views of pictures, one view
+                after another, in place of their pixels: the tower does not run for them. It must be frozen.
+            tower_grids: `(num_views, 2)`, goes along: rows and columns of features of each view of the batch; 0 and 0 for a
+                view that is among `pixel_values`, which then hold those views alone.
 
         Returns:
             `last_hidden_state`: the tower's features `(num_images, num_features, hidden_size)`, or
@@ -76,9 +82,9 @@ class ImageFeaturesMixin:
             `embed` of each video; `token_grids`: a list with the rows and columns of these.
 
         Raises:
-            ValueError: pictures of another size or shape than the tower was composed for.
+            ValueError: pictures of another size or shape than the tower was composed for; features of another tower, or of
+                one that is being trained.
         """
-        spec = self.config.vision_tower_spec
         processor_outputs = {
             "image_grid_thw": image_grid_thw,
             "spatial_shapes": spatial_shapes,
@@ -87,28 +93,17 @@ class ImageFeaturesMixin:
             "image_position_ids": image_position_ids,
             "image_sizes": image_sizes,
         }
-        processor_outputs = {key: value for key, value in processor_outputs.items() if value is not None}
-        dimensions = (4, 5) if spec["inputs"] == "frames" else (4,)
-        if not processor_outputs and pixel_values.ndim not in dimensions:
-            raise ValueError(
-                f"pixel_values must be (num_images, channels, height, width), got shape {tuple(pixel_values.shape)}."
-            )
-        grids = image_grids(spec, pixel_values, processor_outputs)
-        with graph_if_trained(self.vision_tower):
-            raw_features = call_vision_tower(
-                self.vision_tower,
-                spec,
-                pixel_values.to(self.vision_tower.dtype),
-                self.config.vision_feature_layer,
-                processor_outputs,
-            )
-            features = read_features(raw_features, spec, grids)
+        features, grids = [], []
+        if pixel_values is not None:
+            features, grids = self.get_tower_features(pixel_values, **processor_outputs)
+        if tower_features is not None or tower_grids is not None:
+            features, grids = self._with_given_features(features, grids, tower_features, tower_grids)
         instructions = {"qformer_input_ids": qformer_input_ids, "qformer_attention_mask": qformer_attention_mask}
         instructions = instruction_arguments(self.config.projector_config, instructions)
         plans = self._plans(original_sizes, num_video_frames, len(features))
         views = check_frames(num_video_frames, [len(plan.views) for plan in plans], len(features))
         if instructions and max(views) > 1:
-            counts = torch.tensor(views, device=pixel_values.device)
+            counts = torch.tensor(views, device=features[0].device)
             instructions = {key: value.repeat_interleave(counts, dim=0) for key, value in instructions.items()}
         tokens, token_grids = self._project(features, grids, instructions)
         if num_video_frames is None:
@@ -129,6 +124,69 @@ class ImageFeaturesMixin:
             pooler_output=tokens,
             token_grids=token_grids,
         )
+
+    def get_tower_features(
+        self, pixel_values: torch.Tensor, **processor_outputs: torch.Tensor | None
+    ) -> tuple[list[torch.Tensor], list[Grid]]:
+        """What the projector gets: features `(rows * columns, hidden_size)` of each view, and their rows and columns.
+
+        Concatenated and stored, they are what `get_image_features` takes as `tower_features`, and the grids `tower_grids`.
+
+        Args:
+            pixel_values: As for `get_image_features`.
+            processor_outputs: `image_grid_thw`, …, `image_sizes`, likewise.
+        """
+        spec = self.config.vision_tower_spec
+        processor_outputs = {key: value for key, value in processor_outputs.items() if value is not None}
+        dimensions = (4, 5) if spec["inputs"] == "frames" else (4,)
+        if not processor_outputs and pixel_values.ndim not in dimensions:
+            raise ValueError(
+                f"pixel_values must be (num_images, channels, height, width), got shape {tuple(pixel_values.shape)}."
+            )
+        grids = image_grids(spec, pixel_values, processor_outputs)
+        with graph_if_trained(self.vision_tower):
+            raw_features = call_vision_tower(
+                self.vision_tower,
+                spec,
+                pixel_values.to(self.vision_tower.dtype),
+                self.config.vision_feature_layer,
+                processor_outputs,
+            )
+            return read_features(raw_features, spec, grids), grids
+
+    def _with_given_features(
+        self,
+        features: list[torch.Tensor],
+        grids: list[Grid],
+        tower_features: torch.Tensor | None,
+        tower_grids: torch.Tensor | None,
+    ) -> tuple[list[torch.Tensor], list[Grid]]:
+        """Those that the tower gave now, and those that it gave before, in the order of the views."""
+        if tower_features is None or tower_grids is None:
+            raise ValueError("tower_features and tower_grids go together. Pass both: model(**inputs).")
+        if self.training and any(parameter.requires_grad for parameter in self.vision_tower.parameters()):
+            raise ValueError(
+                "The vision tower is being trained, so features that it gave before (tower_features) are not its features "
+                "any more. Freeze it (model.vision_tower.requires_grad_(False)), or pass pixel_values: train without a "
+                "feature cache."
+            )
+        width = self.config.vision_tower_spec["hidden_size"]
+        all_grids = [tuple(grid) for grid in tower_grids.tolist()]
+        given = [grid for grid in all_grids if any(grid)]
+        if tower_features.ndim != 2 or tower_features.shape[1] != width:
+            raise ValueError(
+                f"tower_features must be (all features, {width}) for this vision tower, got {tuple(tower_features.shape)}."
+            )
+        places = [rows * columns for rows, columns in given]
+        if len(all_grids) - len(given) != len(features) or sum(places) != len(tower_features):
+            raise ValueError(
+                f"tower_grids stands for {sum(places)} features and for {len(all_grids) - len(given)} views in "
+                f"pixel_values, but there are {len(tower_features)} and {len(features)}. Pass everything that the processor "
+                "returned in one call: model(**inputs)."
+            )
+        computed, known = iter(zip(features, grids)), iter(zip(tower_features.split(places), given))
+        merged = [next(known if any(grid) else computed) for grid in all_grids]
+        return [view for view, _ in merged], [grid for _, grid in merged]
 
     def _plans(
         self, original_sizes: torch.Tensor | None, num_video_frames: torch.Tensor | None, num_views: int
@@ -188,9 +246,10 @@ class ImageFeaturesMixin:
     ) -> BaseModelOutputWithPooling | None:
         """What `get_image_features` returns for the pictures of the batch, in order, or `None` without pictures."""
         encoded = (mm_encoder_outputs or {}).get("image")
-        if encoded is not None and pixel_values is not None:
-            raise ValueError("Pass pixel_values or mm_encoder_outputs['image'], not both.")
-        if encoded is None and pixel_values is not None:
+        has_pictures = pixel_values is not None or processor_outputs.get("tower_features") is not None
+        if encoded is not None and has_pictures:
+            raise ValueError("Pass pixel_values, tower_features or mm_encoder_outputs['image'], not two of them.")
+        if encoded is None and has_pictures:
             encoded = self.get_image_features(pixel_values, **processor_outputs, return_dict=True)
         return encoded
 

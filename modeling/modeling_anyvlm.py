@@ -92,6 +92,8 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
         qformer_attention_mask: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
         num_video_frames: torch.Tensor | None = None,
+        tower_features: torch.Tensor | None = None,
+        tower_grids: torch.Tensor | None = None,
         output_image_features: bool = False,
         **kwargs,
     ) -> AnyVlmCausalLMOutput:
@@ -114,6 +116,8 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
                 tower's own image processor gives beside `pixel_values`, see `get_image_features`.
             original_sizes: `(num_images, 2)`, height and width of each picture, where pictures are cut into views.
             num_video_frames: `(num_images + num_videos,)`, where there are videos: the frames of each, 0 for a picture.
+            tower_features, tower_grids: What a frozen tower gave for these pictures before, in place of their pixels, see
+                `get_image_features`.
             token_type_ids: `(batch, sequence)`, for `image_attention="prefix"`: 0 in the prompt, 1 in the answer. Default:
                 the answer begins with the first label; without labels all is prompt.
             qformer_input_ids, qformer_attention_mask: `(num_images, length)`, the instruction for each picture, for a
@@ -142,10 +146,13 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
             "qformer_attention_mask": qformer_attention_mask,
             "original_sizes": original_sizes,
             "num_video_frames": num_video_frames,
+            "tower_features": tower_features,
+            "tower_grids": tower_grids,
         }
         if output_image_features:
             encoded = self._encoded_pictures(pixel_values, mm_encoder_outputs, processor_outputs)
             mm_encoder_outputs, pixel_values = None if encoded is None else {"image": encoded}, None
+            processor_outputs = {}
         own_loss = interface.spec["own_loss"]
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         arguments, image_tokens, picture_states = self._language_model_inputs(
@@ -244,6 +251,10 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
         self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any], *args, **kwargs
     ) -> dict[str, Any]:
         """Pictures are encoded once, before the prompt. For a fusion other than `embed` they stay for every step."""
+        if model_kwargs.get("tower_features") is not None and model_kwargs.get("pixel_values") is None:
+            # transformers encodes pictures that come as pixels alone, and drops whatever else they came as.
+            given = {key: model_kwargs.pop(key) for key in IMAGE_INPUTS if key in model_kwargs}
+            model_kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(**given, return_dict=True)}
         model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(
             inputs_tensor, model_kwargs, *args, **kwargs
         )

@@ -79,8 +79,8 @@ PROCESSOR_KEYS = (
     *INSTRUCTION_KEYS,
 )
 
-#: All of the model's inputs that go along with `pixel_values`.
-IMAGE_INPUTS = (*PROCESSOR_KEYS, "original_sizes", "num_video_frames")
+#: All of the model's inputs that go along with `pixel_values`, or stand in their place.
+IMAGE_INPUTS = (*PROCESSOR_KEYS, "original_sizes", "num_video_frames", "tower_features", "tower_grids")
 
 
 #: The first row whose arguments the tower has is tried; a tower with none of the arguments takes pictures, or frames.

@@ -61,7 +61,7 @@ class InstructionProcessor(ProcessorMixin):
             if instruction is not None:
                 raise ValueError("This model's projector reads no instruction. Leave out instruction=….")
             return inputs
-        if "pixel_values" in inputs:
+        if "pixel_values" in inputs or "tower_features" in inputs:
             texts = [text] if isinstance(text, str) else list(text)
             instructions = texts if instruction is None else instruction
             instructions = [instructions] if isinstance(instructions, str) else list(instructions)

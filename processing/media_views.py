@@ -12,6 +12,7 @@ from ..configuration.image_views import has_planned_views, num_joined_tokens, pl
 from ..configuration.tile_layouts import PictureViews, Size, whole_picture
 from ..configuration.video_frames import frame_grid, frame_view, takes_clips, video_settings
 from .image_text import has_text_between_views, joined_text, picture_text
+from .seen_pictures import SeenPicture
 from .video import Video
 from .view_cutting import cut_views
 
@@ -26,6 +27,7 @@ class Medium:
         size: Pixels `(height, width)` of a picture before it was cut; `None` for a video.
         video: `None` for a picture.
         pictures: How many pictures the text of a picture has.
+        seen: A picture whose features are known, which has no views to look at.
     """
 
     views: list[Image.Image]
@@ -33,10 +35,11 @@ class Medium:
     size: Size | None = None
     video: Video | None = None
     pictures: int = 1
+    seen: SeenPicture | None = None
 
 
 def take_apart(
-    medium: Image.Image | Video, image_views: dict | None, resample: int | None, pictures: int = 1
+    medium: Image.Image | SeenPicture | Video, image_views: dict | None, resample: int | None, pictures: int = 1
 ) -> Medium:
     """The views of a picture, or of a video: one of each frame.
 
@@ -53,6 +56,8 @@ def take_apart(
         ]
         return Medium(views, video=medium)
     plan = plan_views(image_views, medium.height, medium.width, pictures)
+    if isinstance(medium, SeenPicture):
+        return Medium([], plan, (medium.height, medium.width), pictures=pictures, seen=medium)
     return Medium(cut_views(medium, plan, resample), plan, (medium.height, medium.width), pictures=pictures)
 
 

@@ -27,7 +27,7 @@ class PicturesFirstProcessor(ProcessorMixin):
             return super().__call__(images=images, text=text, videos=videos, audio=audio, **kwargs)
         texts = self._with_placeholders([text] if isinstance(text, str) else list(text), images)
         inputs = super().__call__(images=images, text=texts, videos=videos, audio=audio, **kwargs)
-        if "pixel_values" not in inputs:
+        if "pixel_values" not in inputs and "tower_features" not in inputs:
             return inputs
         replacements = iter(self.picture_texts(inputs))
         in_front = ["".join(next(replacements) for _ in range(sample.count(self.image_token))) for sample in texts]

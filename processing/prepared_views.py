@@ -69,5 +69,6 @@ def patch_keys(vision_tower_spec: dict) -> list[str]:
 
 def grids_of_outputs(vision_tower_spec: dict, image_inputs: Mapping) -> list[tuple[int, int]]:
     """Rows and columns of features of each picture that an image processor has made ready."""
-    outputs = {key: image_inputs[key] for key in patch_keys(vision_tower_spec) if key in image_inputs}
-    return image_grids(vision_tower_spec, image_inputs["pixel_values"], outputs)
+    keys = (*patch_keys(vision_tower_spec), "tower_grids")
+    outputs = {key: image_inputs[key] for key in keys if key in image_inputs}
+    return image_grids(vision_tower_spec, image_inputs.get("pixel_values"), outputs)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
 from transformers.utils import PROCESSOR_NAME
 
@@ -28,6 +29,7 @@ from .pictures import to_rgb_picture
 from .pictures_first import PicturesFirstProcessor
 from .prepared_views import grids_of_outputs, patch_keys, prepare_views, tokens_of_sizes
 from .prompt_form import PromptFormProcessor, check_prompt_form
+from .seen_pictures import SeenPicture, seen_picture, seen_pictures_outputs
 from .video import Video, sample_video
 
 
@@ -118,7 +120,8 @@ class AnyVlmProcessor(PromptFormProcessor, PictureTextProcessor, PicturesFirstPr
             texts = [text] if isinstance(text, str) else text
             images = in_text_order(texts, (self.image_token, self.video_token), images, None)
         if videos is None:
-            return super().prepare_inputs_layout(images=images, text=text, audio=audio, **kwargs)
+            _, text, _, audio = super().prepare_inputs_layout(text=text, audio=audio, **kwargs)
+            return images, text, None, audio
         if text is None:
             raise ValueError(f"Videos need a text with {self.video_token!r} where each of them belongs.")
         _, text, _, audio = super().prepare_inputs_layout(text=text, audio=audio, **kwargs)
@@ -145,12 +148,11 @@ class AnyVlmProcessor(PromptFormProcessor, PictureTextProcessor, PicturesFirstPr
         if text is None and flat:
             raise ValueError(f"Pictures need a text with {self.image_token!r} where each of them belongs.")
         if text is not None and all(isinstance(sample, str) for sample in text):
-            if any(isinstance(medium, Video) for medium in flat):  # these were counted when they were put in order
-                flat = [medium for medium in flat if not isinstance(medium, Video)]
-            else:
+            if not any(isinstance(medium, Video) for medium in flat):  # these were counted when they were put in order
                 in_text_order(text, (self.image_token, self.video_token), images, None)
-            text = [sample.replace(self.video_token, "") for sample in text]
-        super().validate_inputs(images=flat or None, text=text, audio=audio, **kwargs)
+            # What is counted need not be counted again by the base class, which knows pictures with pixels alone.
+            text = [sample.replace(self.video_token, "").replace(self.image_token, "") for sample in text]
+        super().validate_inputs(text=text, audio=audio, **kwargs)
 
     def _process_images(self, images, **kwargs) -> tuple[dict[str, Any], list[str]]:
         resample = getattr(self.image_processor, "resample", None)
@@ -164,15 +166,19 @@ class AnyVlmProcessor(PromptFormProcessor, PictureTextProcessor, PicturesFirstPr
         if not media:
             return {}, []
         views = [view for medium in media for view in medium.views]
-        outputs = prepare_views(self.image_processor, views, self.vision_tower_spec, self.image_views, **kwargs)
-        check_grids(self, views, grids_of_outputs(self.vision_tower_spec, outputs))
-        numbers = [len(medium.views) for medium in media]
+        outputs = {}
+        if views:
+            outputs = prepare_views(self.image_processor, views, self.vision_tower_spec, self.image_views, **kwargs)
+            check_grids(self, views, grids_of_outputs(self.vision_tower_spec, outputs))
+        numbers = [len(medium.seen.grids if medium.seen else medium.views) for medium in media]
         if any(medium.video for medium in media):
             if takes_clips(self.vision_tower_spec):
                 outputs["pixel_values"] = clips_of(outputs["pixel_values"], media)
                 numbers = [1 if medium.video else number for medium, number in zip(media, numbers)]
             frames = [number if medium.video else 0 for medium, number in zip(media, numbers)]
             outputs["num_video_frames"] = torch.tensor(frames)
+        if any(medium.seen for medium in media):
+            outputs.update(seen_pictures_outputs([medium.seen for medium in media], numbers))
         more = depends_on_pictures(self.image_views)
         sizes = [(*medium.size, medium.pictures)[: 2 + more] for medium in media if medium.video is None]
         if has_several_views(self.image_views) and sizes:
@@ -244,10 +250,14 @@ class AnyVlmProcessor(PromptFormProcessor, PictureTextProcessor, PicturesFirstPr
 def _picture_lists(images: Any) -> list:
     """RGB pictures in a flat list, or in one list per text if any entry is a list or `None` (no picture)."""
     if not isinstance(images, (list, tuple)):
-        return [to_rgb_picture(images)]
+        return [_picture(images)]
     if any(item is None or isinstance(item, (list, tuple)) for item in images):
         return [[] if item is None else _picture_lists(item) for item in images]
-    return [to_rgb_picture(image) for image in images]
+    return [_picture(image) for image in images]
+
+
+def _picture(image: Any) -> Image.Image | SeenPicture:
+    return seen_picture(image) or to_rgb_picture(image)
 
 
 def _flatten(images: list) -> list:

@@ -41,20 +41,15 @@ class CachedPictures:
 
     def add(self, pictures: Sequence[Image.Image]) -> list[int]:
         """Run the tower on pictures; returns their indices."""
-        inputs = self.path.inputs(pictures)
-        features, grids = self.path.features(inputs)
-        sizes = inputs.get("original_sizes")
-        plans = self.path.model._plans(sizes, None, len(features))
-        counts = [len(plan.views) for plan in plans] if plans else [1] * len(pictures)
-        first, start = len(self), 0
-        for index, (picture, count) in enumerate(zip(pictures, counts, strict=True)):
+        first = len(self)
+        seen = self.path.by_picture(self.path.inputs(pictures), len(pictures))
+        for picture, (views, grids, original_size) in zip(pictures, seen, strict=True):
             # Copies: a slice would keep the whole batch's hidden states.
-            self._features.append([view.clone() for view in features[start : start + count]])
-            self._grids.append(list(grids[start : start + count]))
+            self._features.append([view.clone() for view in views])
+            self._grids.append(grids)
             self.sizes.append((picture.height, picture.width))
-            if sizes is not None:
-                self._original_sizes.append(sizes[index])
-            start += count
+            if original_size is not None:
+                self._original_sizes.append(original_size)
         return list(range(first, len(self)))
 
     def features(self, indices: Sequence[int]) -> tuple[list[torch.Tensor], list[Grid]]:
@@ -72,6 +67,6 @@ class CachedPictures:
         """
         features, grids = self.features(indices)
         sizes = torch.stack([self._original_sizes[index] for index in indices]) if self._original_sizes else None
-        tokens, token_grids = model._project(features, grids, {})
-        tokens, token_grids = model._join_views(tokens, token_grids, model._plans(sizes, None, len(features)), sizes)
-        return AnyVlmImageFeatures(pooler_output=tokens, token_grids=token_grids)
+        return model.get_image_features(
+            tower_features=torch.cat(features), tower_grids=torch.tensor(grids), original_sizes=sizes
+        )

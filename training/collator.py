@@ -4,7 +4,7 @@ import bisect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import ProcessorMixin
@@ -12,6 +12,10 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from .objectives.base import OBJECTIVE_INPUTS, Objective
 from .packing import pack
+
+
+if TYPE_CHECKING:
+    from .feature_cache import FeatureCache
 
 
 @dataclass
@@ -37,6 +41,7 @@ class AnyVlmDataCollator:
             goes into the batch under `objective_inputs`.
         packing: Put the samples of a batch one after another in one row, without padding, see `training/packing.py`. Call
             `enable_packing` first: not every language model keeps them apart.
+        feature_cache: Features of a frozen tower; pictures that are in it go into the batch as these (`tower_features`).
 
     Raises:
         ValueError: no token of the batch is supervised; a sample is too long; the chat template does not show where
@@ -48,6 +53,7 @@ class AnyVlmDataCollator:
     padding_side: str = "right"
     objectives: Mapping[str, Objective] = field(default_factory=dict)
     packing: bool = False
+    feature_cache: "FeatureCache | None" = None
 
     def __call__(self, samples: Sequence[Mapping[str, Any] | Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
         samples = [one for given in samples for one in ([given] if isinstance(given, Mapping) else given)]
@@ -84,7 +90,9 @@ class AnyVlmDataCollator:
                 )
             texts.append(text)
             spans.append(assistant_spans)
-            pictures.append(of_sample["image"])
+            pictures.append(
+                of_sample["image"] if self.feature_cache is None else self.feature_cache.seen(of_sample["image"])
+            )
             videos.append(of_sample["video"])
         # A projector that reads the text beside the picture must not read the answer.
         prompts = [text[: parts[0][0] if parts else None] for text, parts in zip(texts, spans)]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from .collator import AnyVlmDataCollator
 from .objectives.base import OBJECTIVE_INPUTS, Objective, ObjectiveBatch
 from .objectives.heads import LOSS_MIXING, load_heads, save_heads
 from .objectives.weights import UncertaintyMixing, Weight
@@ -15,6 +16,8 @@ from .objectives.weights import UncertaintyMixing, Weight
 
 class AnyVlmTrainer(Trainer):
     """`Trainer`, and with it everything that works with one: callbacks, `accelerate launch`, TensorBoard, resuming.
+
+    A collator's `feature_cache` is checked and filled before the first step.
 
     Args:
         objectives: Losses beside the language model's, by the name under which they are logged (`loss/<name>`).
@@ -53,6 +56,8 @@ class AnyVlmTrainer(Trainer):
         self.heads = nn.ModuleDict({**self.objectives, LOSS_MIXING: self.loss_mixing})
         if any(True for _ in self.heads.parameters()):
             self.add_callback(_HeadGradients(self))
+        if isinstance(self.data_collator, AnyVlmDataCollator) and self.data_collator.feature_cache is not None:
+            self.add_callback(self.data_collator.feature_cache.callback(self.train_dataset))
 
     def _check_names(self, what: str, names: Iterable[str]) -> None:
         known = ["language_model", *self.objectives]
