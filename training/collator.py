@@ -56,7 +56,7 @@ class AnyVlmDataCollator:
     feature_cache: "FeatureCache | None" = None
 
     def __call__(self, samples: Sequence[Mapping[str, Any] | Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-        samples = [one for given in samples for one in ([given] if isinstance(given, Mapping) else given)]
+        samples = single_samples(samples)
         batch = self.unpacked(samples)
         inputs = {
             name: objective.collate(samples, batch, self.processor) for name, objective in self.objectives.items()
@@ -159,6 +159,11 @@ _MEDIA = {
     "image": ("<image>", ("image", "url", "path"), "pictures"),
     "video": ("<video>", ("video", "url", "path"), "videos"),
 }
+
+
+def single_samples(samples: Sequence[Mapping[str, Any] | Sequence[Mapping[str, Any]]]) -> list[Mapping[str, Any]]:
+    """The samples, and those that are in a list among them."""
+    return [one for given in samples for one in ([given] if isinstance(given, Mapping) else given)]
 
 
 def place_media(sample: Mapping[str, Any]) -> tuple[list[dict], dict[str, list]]:

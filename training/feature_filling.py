@@ -16,7 +16,7 @@ from ..configuration.image_views import depends_on_pictures
 from ..processing.pictures import to_rgb_picture
 from ..swapping.picture_paths import PicturePath
 from ..swapping.training_state import training_bar
-from .collator import place_media
+from .collator import place_media, single_samples
 
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class _UnknownPictures:
     Args:
         keys, sizes: Of each picture.
         inputs: What the processor made of them; `None` without any.
-        samples, pictures: How many there were, known ones included.
+        samples, pictures: How many of the data set's there were, known ones included.
     """
 
     keys: list[str]
@@ -119,11 +119,14 @@ class _Unknown:
     def __init__(self, cache: "FeatureCache"):
         self.cache = cache
 
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> _UnknownPictures:
+    def __call__(self, samples: Sequence[Mapping[str, Any] | Sequence[Mapping[str, Any]]]) -> _UnknownPictures:
+        num_samples = len(samples)
+        samples = single_samples(samples)
         groups, keys, total = [], [], 0
         whole = depends_on_pictures(self.cache.processor.image_views)
         for sample in samples:
-            pictures = place_media(sample)[1]["image"]
+            # Plain text has no messages.
+            pictures = [] if sample.get("messages") is None else place_media(sample)[1]["image"]
             total += len(pictures)
             found = [self.cache.key_of(picture, len(pictures)) for picture in pictures]
             unknown = [(key, picture) for key, picture in found if key not in self.cache.shards and key not in keys]
@@ -133,10 +136,10 @@ class _Unknown:
             new = [to_rgb_picture(picture) for _, picture in unknown]
             groups += ([new] if new else []) if whole else [[picture] for picture in new]
         if not groups:
-            return _UnknownPictures([], [], None, len(samples), total)
+            return _UnknownPictures([], [], None, num_samples, total)
         sizes = [(picture.height, picture.width) for group in groups for picture in group]
         inputs = PicturePath.inputs_of(self.cache.processor, groups)
-        return _UnknownPictures(keys, sizes, inputs, len(samples), total)
+        return _UnknownPictures(keys, sizes, inputs, num_samples, total)
 
 
 class _Estimate:

@@ -3,13 +3,14 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import nn
 
 from ..processing.pictures import to_rgb_picture
+from .objectives.fingerprint import weights_fingerprint
 
 
 #: Counts up when the same model and picture no longer give the same features, or they are kept in another way.
@@ -30,7 +31,7 @@ def tower_facts(model: nn.Module, processor: Any, **more: Any) -> dict[str, Any]
     vision_config = model.config.vision_config.to_dict()
     facts = {
         "format": _FORMAT,
-        "weights": weights_hash(model.vision_tower),
+        "weights": bytes(weights_fingerprint(model.vision_tower).tolist()).hex(),
         "vision_config": {key: value for key, value in vision_config.items() if key not in _NOT_COMPUTED},
         "vision_tower_spec": model.config.vision_tower_spec,
         "vision_feature_layer": model.config.vision_feature_layer,
@@ -39,15 +40,6 @@ def tower_facts(model: nn.Module, processor: Any, **more: Any) -> dict[str, Any]
         **more,
     }
     return json.loads(json.dumps(facts, sort_keys=True, default=str))
-
-
-def weights_hash(module: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers with their names; a second or so for each gigabyte."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
 
 
 def facts_hash(facts: dict[str, Any]) -> str:
@@ -61,6 +53,8 @@ def picture_key(picture: Any) -> tuple[str, Any]:
     Files and bytes are taken as they are, undecoded; of anything else the pixels count. So the same picture has one key as a
     file and another one as pixels.
     """
+    if isinstance(picture, Mapping):  # `datasets.Image(decode=False)`, as `to_rgb_picture` takes it
+        picture = picture.get("path") if picture.get("bytes") is None else picture["bytes"]
     is_file = isinstance(picture, os.PathLike) or (isinstance(picture, str) and os.path.isfile(picture))
     if is_file:
         with open(picture, "rb") as file:

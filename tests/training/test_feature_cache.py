@@ -24,6 +24,7 @@ import anyvlm
 from anyvlm.compatibility import tiny_configs
 from anyvlm.processing.processing_anyvlm import AnyVlmProcessor
 from anyvlm.training.feature_keys import picture_key
+from anyvlm.training.packing import enable_packing
 
 
 QFORMER = {
@@ -164,6 +165,18 @@ def test_pictures_that_are_not_there_and_videos_go_the_ordinary_way(name, tmp_pa
     torch.testing.assert_close(outputs(model, batch), outputs(model, plain))
 
 
+def test_packed_samples_plain_text_and_lists_of_samples(tmp_path):
+    model, processor = new_model()
+    data = [sample([0]), [sample([1, 2], "w3 w4"), {"text": "w1 w2 w3"}], sample([])]
+    cache = anyvlm.FeatureCache(tmp_path, model, processor)
+    assert cache.fill(data, model, progress=False) == 3
+    plain = anyvlm.AnyVlmDataCollator(processor, packing=True)
+    enable_packing(model, plain, [sample([0]), sample([1, 2])])
+    packed = anyvlm.AnyVlmDataCollator(processor, packing=True, feature_cache=cache)(data)
+    assert "pixel_values" not in packed and len(packed["input_ids"]) == 1
+    torch.testing.assert_close(outputs(model, packed), outputs(model, plain(data)))
+
+
 @pytest.mark.parametrize("fusion", ["embed", "cross_attention"])
 def test_generation_from_features(fusion, tmp_path):
     model, processor = new_model(fusion=fusion)
@@ -279,9 +292,10 @@ def test_files_are_known_undecoded(tmp_path, monkeypatch):
     data = [
         {**sample([0]), "images": [str(tmp_path / "0.png")]},
         {**sample([1]), "images": [(tmp_path / "1.png").read_bytes()]},
+        {**sample([1]), "images": [{"bytes": None, "path": str(tmp_path / "1.png")}]},
     ]
     cache, collator = cached(tmp_path, model, processor)
-    cache.fill(data, model, progress=False)
+    assert cache.fill(data, model, progress=False) == 2
     plain = anyvlm.AnyVlmDataCollator(processor)(data)
     monkeypatch.setattr("PIL.Image.open", None)
     batch = collator(data)

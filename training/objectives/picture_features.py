@@ -45,7 +45,8 @@ def view_features(
         features: `last_hidden_state` of what `get_image_features` returned for them: `(views, places, hidden_size)`, or
             `(all places, hidden_size)` where the pictures have several sizes.
     """
-    grids = image_grids(config.vision_tower_spec, inputs["pixel_values"], tower_inputs(inputs))
+    beside = {**tower_inputs(inputs), "tower_grids": inputs.get("tower_grids")}
+    grids = image_grids(config.vision_tower_spec, inputs.get("pixel_values"), beside)
     if features.ndim == 3:
         return list(features), grids
     return list(features.split([rows * columns for rows, columns in grids])), grids
