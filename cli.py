@@ -13,6 +13,7 @@ from .commands.compose import compose
 from .commands.convert import convert
 from .commands.demo import demo
 from .commands.generate import generate
+from .commands.merge import merge
 from .commands.swap import swap
 from .commands.train import train
 from .commands.verify import verify
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for _command in (compose, swap, train, generate, demo, check, verify, convert, push):
+for _command in (compose, swap, train, merge, generate, demo, check, verify, convert, push):
     app.command()(_command)
 
 

@@ -18,8 +18,8 @@ from anyvlm.training.parts.adapters import add_adapters
 FRESH = Path(__file__).with_name("fresh_adapter.py")
 
 
-def train(adapted, processor, directory, steps=3):
-    run = trainer(directory, adapted, processor, max_steps=steps, learning_rate=1e-2)
+def train(adapted, processor, directory, steps=3, **options):
+    run = trainer(directory, adapted, processor, max_steps=steps, learning_rate=1e-2, **options)
     run.train()
     return run.model.eval()
 
