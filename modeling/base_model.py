@@ -1,5 +1,6 @@
 """A vision tower, a projector and a causal language model, as one transformers model without a loss."""
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -301,12 +302,11 @@ class AnyVlmModel(ImageFeaturesMixin, FusionMixin, PreTrainedModel):
             **kwargs,
         )
         outputs = self._call_language_model(base_language_model(self.language_model), arguments, picture_states)
-        return BaseModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.get("past_key_values"),
-            hidden_states=outputs.get("hidden_states"),
-            attentions=outputs.get("attentions"),
-        )
+        known = {field.name: outputs.get(field.name) for field in fields(BaseModelOutputWithPast)}
+        result = BaseModelOutputWithPast(**known)
+        for name in outputs.keys() - known.keys():  # router logits
+            result[name] = outputs[name]
+        return result
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):

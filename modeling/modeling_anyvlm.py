@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .base_model import AnyVlmModel
+from .below_head import BelowHead
 from .fusion import cached_length
 from .image_attention import answer_token_types
 from .image_features import AnyVlmImageFeatures
@@ -67,6 +68,15 @@ class AnyVlmForConditionalGeneration(AnyVlmModel, GenerationMixin):
 
     # Trainer divides by the number of labels in all accumulated batches; the LM's loss takes that number.
     accepts_loss_kwargs = True
+
+    @property
+    def base_model(self) -> BelowHead:
+        """The model below its head."""
+        return BelowHead(self)
+
+    def forward_below_head(self, *args, **kwargs) -> BaseModelOutputWithPast:
+        """As `AnyVlmModel.forward`."""
+        return super().forward(*args, **kwargs)
 
     @can_return_tuple
     def forward(
