@@ -181,7 +181,10 @@ class ForgettingCallback(TrainerCallback):
         # The last step's is measured here while the writers of logs are still open.
         due = self.every_n_steps is not None and state.global_step % self.every_n_steps == 0
         if due or control.should_training_stop:
+            # `Trainer` takes any log for the one that is due.
+            should_log = control.should_log
             self._measure(state)
+            control.should_log = should_log
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.result.history[-1][0] != state.global_step:

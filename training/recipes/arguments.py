@@ -89,25 +89,27 @@ def training_arguments(values: dict[str, Any], output_dir: str, seed: int, **len
         ValueError: transformers refuses them, or the machine has no bfloat16.
     """
     values = {**DEFAULTS, "report_to": report_to(), **values}
-    if values.get("bf16") and not values.get("use_cpu"):
-        check_bf16()
-    if values.get("fp16") and not values.get("use_cpu"):
-        import torch
-
-        if not torch.cuda.is_available() and not getattr(torch, "xpu", None):
-            raise ValueError("fp16: true needs a graphics card, and there is none. Leave it out.")
+    _check_precision(values)
     return TrainingArguments(output_dir=output_dir, seed=seed, remove_unused_columns=False, **length, **values)
 
 
-def check_bf16() -> None:
-    """Raises ValueError where mixed precision in bfloat16 is not to be had."""
+def _check_precision(values: dict[str, Any]) -> None:
+    """Say what to write where transformers says only that the setup does not support it."""
     import torch
 
-    if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if values.get("use_cpu") or (accelerator is not None and accelerator.type not in ("cuda", "mps")):
+        return
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    if values.get("bf16") and accelerator is None:
         raise ValueError(
-            f"bf16: true, but {torch.cuda.get_device_name()} has no bfloat16. Write fp16: true, or leave both out: then it "
-            "is float32."
+            "bf16: true needs a graphics card, and there is none. Write bf16: false; or use_cpu: true for bfloat16 on the "
+            "CPU, which is slow on most."
         )
+    if values.get("bf16") and name and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(f"bf16: true, but {name} has no bfloat16. Write fp16: true; or neither, for float32.")
+    if values.get("fp16") and accelerator is None:
+        raise ValueError("fp16: true needs a graphics card, and there is none. Write fp16: false.")
 
 
 def report_to() -> list[str]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
-from ..data.sources import load_training_data
+from ..data import load_training_data
 from .schema import Stage
 
 

@@ -46,20 +46,25 @@ def losses_of(history: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return found
 
 
+_COLUMNS = ("stage", "steps", "seconds", "trained", "measured", "first → last")
+
+
 def table_of(results: list[StageResult]) -> Table:
-    table = Table("stage", title="What was trained")
-    for column in ("steps", "seconds", "trained", "losses", "held-out loss", "text perplexity"):
-        table.add_column(column, justify="right")
-    for row in _rows(results):
-        table.add_row(*row)
+    """For people: a row for each thing that was measured in each stage."""
+    table = Table(title="What was trained")
+    for column in _COLUMNS:
+        table.add_column(column, justify="right" if column in _COLUMNS[1:4] else "left")
+    for result in results:
+        for row in _rows(result):
+            table.add_row(*row)
+        table.add_section()
     return table
 
 
 def write_summary(folder: Path, results: list[StageResult], recipe: dict[str, Any]) -> None:
     """`summary.md`, `summary.png` where matplotlib is installed, and last `summary.json`."""
-    header = ("stage", "steps", "seconds", "trained", "losses", "held-out loss", "text perplexity")
-    lines = ["# What was trained", "", _markdown(header), _markdown(["---"] * len(header))]
-    lines += [_markdown(cell.replace("\n", "<br>") for cell in row) for row in _rows(results)]
+    lines = ["# What was trained", "", _markdown(_COLUMNS), _markdown(["---"] * len(_COLUMNS))]
+    lines += [_markdown(row) for result in results for row in _rows(result)]
     warnings = [f"- {result.name}: {warning}" for result in results for warning in result.warnings]
     if warnings:
         lines += ["", "## Warnings", "", *warnings]
@@ -68,26 +73,19 @@ def write_summary(folder: Path, results: list[StageResult], recipe: dict[str, An
     write_json(folder / "summary.json", {"stages": [asdict(result) for result in results], "recipe": recipe})
 
 
-def _rows(results: list[StageResult]) -> list[tuple[str, ...]]:
-    return [
-        (
-            result.name,
-            f"{result.steps:,}",
-            f"{result.seconds:,.0f}",
-            f"{result.trained_parameters:,}",
-            "\n".join(f"{name} {loss['first']:.3f} → {loss['last']:.3f}" for name, loss in result.losses.items()),
-            "" if result.eval_loss is None else f"{result.eval_loss:.3f}",
-            _change(result.text_perplexity),
-        )
-        for result in results
+def _rows(result: StageResult) -> list[tuple[str, ...]]:
+    measured = [
+        ("loss" if name == "loss" else f"loss, {name}", f"{loss['first']:.3f} → {loss['last']:.3f}")
+        for name, loss in result.losses.items()
     ]
-
-
-def _change(perplexity: dict[str, float] | None) -> str:
-    if perplexity is None:
-        return ""
-    before, after = perplexity["before"], perplexity["after"]
-    return f"{before:.2f} → {after:.2f} ({after / before - 1:+.1%})"
+    if result.eval_loss is not None:
+        measured.append(("loss, held out", f"{result.eval_loss:.3f}"))
+    if result.text_perplexity is not None:
+        before, after = result.text_perplexity["before"], result.text_perplexity["after"]
+        measured.append(("text perplexity", f"{before:.2f} → {after:.2f} ({after / before - 1:+.1%})"))
+    of_stage = (result.name, f"{result.steps:,}", f"{result.seconds:,.0f}", f"{result.trained_parameters:,}")
+    rows = [("",) * len(of_stage) + pair for pair in measured or [("", "")]]
+    return [of_stage + rows[0][len(of_stage) :], *rows[1:]]
 
 
 def _markdown(cells: Any) -> str:

@@ -177,6 +177,12 @@ def _check_made_arguments(recipe: Recipe, findings: Findings) -> None:
         try:
             training_arguments(stage.training_arguments, recipe.output, recipe.seed)
         except (ValueError, ImportError) as error:
-            path: KeyPath = ("stages", stage.number - 1, "training_arguments")
-            of_stage = recipe.values["stages"][stage.number - 1].get("training_arguments")
-            findings.add(path if of_stage else ("training_arguments",), " ".join(str(error).split()))
+            of_stage = ("stages", stage.number - 1, "training_arguments")
+            own = _mapping(recipe.values["stages"][stage.number - 1], "training_arguments")
+            message = " ".join(str(error).split())
+            # At the key that the message names, if it names one.
+            named = [(*of_stage, key) for key in own if key in message]
+            named += [
+                ("training_arguments", key) for key in stage.training_arguments if key in message and key not in own
+            ]
+            findings.add(named[0] if named else of_stage if own else ("training_arguments",), message)
