@@ -207,6 +207,6 @@ SUFFIXES = {
 
 def _named(expected: Any) -> str:
     names = {str: "a text", int: "a whole number", bool: "true or false", Mapping: "a mapping"}
-    return names.get(
-        expected, "a number" if float in expected else "a list" if str not in expected else "a path or a list"
-    )
+    if expected in names:
+        return names[expected]
+    return "a number" if float in expected else "a path or a list" if str in expected else "a list"

@@ -37,9 +37,23 @@ def prepare_parts(model: PreTrainedModel, parts: Mapping[str, Mapping[str, Any]]
     if adapters:
         from ..parts.adapters import add_adapters
 
-        whole = tuple(name for name, settings in parts.items() if settings.get("train", "all") == "all")
+        others = {name: settings for name, settings in parts.items() if name not in adapters}
+        # What is trained without adapters has to be named, or checkpoints and the saved adapter would be without it.
+        whole = trained_modules(model, train_parts(model, others)) if others else []
         adapted = add_adapters(model, adapters, also_train=whole, base_model=model.name_or_path or "the stage before")
     return adapted, train_parts(adapted, parts)
+
+
+def trained_modules(model: nn.Module, trained: TrainedParts) -> list[str]:
+    """The largest modules of which every parameter is trained, in the model's order."""
+    names = {name for part in trained.parts for group in part.groups for name in group.parameters}
+    found: list[str] = []
+    for name, module in model.named_modules():
+        inside = [f"{name}.{parameter}" for parameter, _ in module.named_parameters()]
+        if name and inside and names.issuperset(inside) and not name.startswith(tuple(f"{above}." for above in found)):
+            found.append(name)
+    alone = [name for name in names if not name.startswith(tuple(f"{module}." for module in found))]
+    return [*found, *sorted(alone)]
 
 
 def without_adapters(model: nn.Module) -> PreTrainedModel:

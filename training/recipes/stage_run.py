@@ -43,9 +43,8 @@ def run_stage(
     set_seed(arguments.seed)
     checkpoint = folder.last_checkpoint(stage)
     train_dataset, eval_dataset = stage_dataset(stage, recipe.seed, processor)
-    # Losses first: one that holds on to the model as it was must see it before adapters are in it.
-    objectives, weights = build_losses(stage.losses, model)
     adapted, trained = prepare_parts(model, stage.parts)
+    objectives, weights = build_losses(stage.losses, adapted)
     trainer = AnyVlmTrainer(
         model=adapted,
         args=arguments,

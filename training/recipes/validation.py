@@ -9,6 +9,7 @@ from typing import Any
 from ..objectives.registry import OBJECTIVES, check_losses
 from .arguments import check_training_arguments, training_arguments
 from .checks import Findings, check_mapping, check_value, unknown
+from .data_checks import check_stage_data
 from .schema import FORGETTING, PART, PART_ALIASES, PARTS, RECIPE, STAGE, Key, Recipe, recipe_of, settings_of_part
 from .yaml_file import KeyPath, RecipeError, YamlFile, read_yaml
 
@@ -94,8 +95,7 @@ def _check_stages(values: dict[str, Any], findings: Findings) -> None:
             _check_parts(stage["parts"], (*path, "parts"), findings, "learning_rate" in arguments)
         if isinstance(stage.get("losses"), dict):
             _check_losses(stage["losses"], (*path, "losses"), findings)
-        if not stage.get("data") and not values.get("data"):
-            findings.add(path, "there is no `data`, neither here nor at the top of the recipe.")
+        check_stage_data(values, index, findings)
         _check_evaluation(values, index, findings)
 
 
@@ -152,13 +152,7 @@ def _check_forgetting(values: dict[str, Any], path: KeyPath, findings: Findings)
     check_mapping(values, keys, path, findings)
 
 
-def _check_data(values: dict[str, Any], path: KeyPath, findings: Findings) -> None:
-    """Until the data is opened only this is known of it."""
-    if path == ("data",) and not values.get("train"):
-        findings.add(path, "`train` is missing: what to train on.")
-
-
-_SECTIONS = {"training_arguments": check_training_arguments, "forgetting": _check_forgetting, "data": _check_data}
+_SECTIONS = {"training_arguments": check_training_arguments, "forgetting": _check_forgetting}
 
 
 def _check_places(values: dict[str, Any], findings: Findings) -> None:

@@ -12,7 +12,7 @@ RIGHT = """\
 model: a/model
 output: OUTPUT
 seed: 3
-data: {train: a.json}
+data: {train: some/data}
 training_arguments:
   learning_rate: 1e-3
   per_device_train_batch_size: 2
@@ -110,7 +110,13 @@ ONE_MISTAKE = [
     ("train: lora", "trian: lora", ":21:9: stages[1].parts.language_model.trian: ", "`train`"),
     ("language_model: 1.0", "language_mode: 1.0", ":24:7: stages[1].losses.language_mode: ", "`language_model`"),
     ("language_model: 1.0", "language_model: -1", ":24:7: stages[1].losses.language_model: ", "at least 0"),
-    ("data: {train: a.json}", "", "stages[1]: ", "no `data`"),
+    ("data: {train: some/data}", "", "stages[1]: ", "no `data`"),
+    ("{train: some/data}", "{trian: some/data}", ":4:8: data.trian: ", "`train`"),
+    ("{train: some/data}", "{train: absent.json}", ":4:8: data.train: ", "no file"),
+    ("{train: some/data}", "{train: some/data, image: x}", ":4:26: data.image: ", "images"),
+    ("{train: some/data}", "{train: [{path: a/b, shar: 1}]}", ":4:28: data.train[0].shar: ", "share"),
+    ("{train: some/data}", "{train: {path: a/b, max_samples: x}}", ":4:27: data.train.max_samples: ", "number"),
+    ("max_steps: 5", "max_steps: 5\n    data: {eval: absent.json}", "stages[1].data.eval: ", "no file"),
     ("seed: 3", "seed: [3", ":4:5: ", "not YAML"),
 ]
 

@@ -1,0 +1,59 @@
+"""What a recipe says of its data, without reading any of it."""
+
+from dataclasses import fields
+from typing import Any
+
+from ..data import Source, spec_errors
+from .checks import Findings, unknown
+from .stage_data import SPLITS, source_of
+from .yaml_file import KeyPath
+
+
+_KEYS = (*SPLITS, *(entry.name for entry in fields(Source) if entry.name != "path"), "stopping_strategy")
+
+
+def check_stage_data(values: dict[str, Any], index: int, findings: Findings) -> None:
+    """The data of a stage: its own keys, and the recipe's for the rest.
+
+    Args:
+        values: The recipe.
+        index: Of the stage.
+    """
+    stage = values["stages"][index]
+    holders: list[tuple[KeyPath, dict[str, Any]]] = [
+        (path, holder["data"])
+        for path, holder in ((("stages", index, "data"), stage), (("data",), values))
+        if isinstance(holder.get("data"), dict)
+    ]
+    if not holders:
+        if "data" not in stage and "data" not in values:
+            findings.add(("stages", index), "there is no `data`, neither here nor at the top of the recipe.")
+        return
+    data = {key: value for _, holder in reversed(holders) for key, value in holder.items()}
+    unknown_keys = [(*path, key) for path, holder in holders for key in holder if key not in _KEYS]
+    for path in unknown_keys:
+        findings.add(path, unknown(path[-1], _KEYS, "setting of data"))
+    if not data.get("train"):
+        findings.add(holders[0][0], "`train` is missing: a file, a folder, a Hub id, or several.")
+    if unknown_keys:
+        return
+    for split in SPLITS:
+        source = source_of(data, split)
+        for keys, message in [] if source is None else spec_errors(source):
+            written = _as_written(keys, data, split)
+            here = next(path for path, holder in holders if not written or written[0] in holder or path == ("data",))
+            findings.add((*here, *written), f"{message}.")
+
+
+def _as_written(keys: KeyPath, data: dict[str, Any], split: str) -> KeyPath:
+    """Keys of the source that `load_training_data` gets, as keys of the recipe's `data`."""
+    written = data[split]
+    if keys[:1] == ("mix",) and isinstance(written, list):
+        index, *rest = keys[1:] or (None,)
+        if index is None:
+            return (split,)
+        inside = isinstance(written[index], dict) and rest and rest[0] in written[index]
+        return (split, index, *(rest if inside else ())) if inside or not rest or rest[0] == "path" else (rest[0],)
+    if isinstance(written, dict):
+        return (split, *keys) if not keys or keys[0] in written or keys[0] not in data else keys
+    return (split,) if not keys or keys[0] == "path" else keys
