@@ -9,6 +9,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from .collator import AnyVlmDataCollator
+from .data.samples import OpenedSamples, OpenedStream
 from .objectives.base import OBJECTIVE_INPUTS, Objective, ObjectiveBatch
 from .objectives.heads import LOSS_MIXING, load_heads, save_heads
 from .objectives.weights import UncertaintyMixing, Weight
@@ -54,6 +55,9 @@ class AnyVlmTrainer(Trainer):
         self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
         #: All that is trained beside the model, under the names that a checkpoint has.
         self.heads = nn.ModuleDict({**self.objectives, LOSS_MIXING: self.loss_mixing})
+        if isinstance(self.train_dataset, (OpenedSamples, OpenedStream)):
+            for callback in self.train_dataset.callbacks():
+                self.add_callback(callback)
         if any(True for _ in self.heads.parameters()):
             self.add_callback(_HeadGradients(self))
         if isinstance(self.data_collator, AnyVlmDataCollator) and self.data_collator.feature_cache is not None:
@@ -66,6 +70,13 @@ class AnyVlmTrainer(Trainer):
             raise ValueError(f"There is {what} for {', '.join(unknown)}, but the losses are {', '.join(known)}.")
         if LOSS_MIXING in self.objectives:
             raise ValueError(f"No objective can be called {LOSS_MIXING!r}. Give it another name.")
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        # Only lengths are read for it, which stand in a column of the rows.
+        train_dataset = self.train_dataset if train_dataset is None else train_dataset
+        return super()._get_train_sampler(
+            train_dataset.rows if isinstance(train_dataset, OpenedSamples) else train_dataset
+        )
 
     @property
     def progress(self) -> float:
