@@ -3,6 +3,7 @@
 from .augmentation import Augmentation, augmentation_sheet
 from .few_shot import FewShot, few_shot_messages, nearest_examples, picture_features
 from .lengths import add_lengths, sample_length
+from .opening import OPENING_KEYS, open_training_data, opening_errors
 from .readable import TooManyUnreadablePictures, UnreadableLog, UnreadablePicture, read_picture
 from .samples import OpenedSamples, OpenedStream, open_pictures
 from .source_settings import Source, spec_errors
@@ -10,6 +11,7 @@ from .sources import load_training_data
 
 
 __all__ = [
+    "OPENING_KEYS",
     "Augmentation",
     "FewShot",
     "OpenedSamples",
@@ -24,6 +26,8 @@ __all__ = [
     "load_training_data",
     "nearest_examples",
     "open_pictures",
+    "open_training_data",
+    "opening_errors",
     "picture_features",
     "read_picture",
     "sample_length",

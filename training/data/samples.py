@@ -1,13 +1,13 @@
 """Samples with open pictures, ready for the collator: read, augmented, with examples before them if so wanted."""
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from transformers import TrainerCallback
-from transformers.utils import logging
 
 from .augmentation import Augmentation
 from .few_shot import FewShot
@@ -16,8 +16,6 @@ from .readable import JUDGE_AFTER, UnreadableLog, UnreadablePicture, read_pictur
 
 if TYPE_CHECKING:
     pass
-
-logger = logging.get_logger(__name__)
 
 #: Other samples that are tried in place of one whose pictures cannot be read.
 _TRIES = 100
@@ -186,4 +184,5 @@ class _OpenedCallback(TrainerCallback):
         log = self.dataset.log
         if log.num_unreadable:
             state.log_history.append({"step": state.global_step, "unreadable_pictures": log.num_unreadable})
-            logger.warning(log.summary_text())
+            # A warning, so that it is in the summary of a recipe.
+            warnings.warn(log.summary_text(), UserWarning, stacklevel=1)

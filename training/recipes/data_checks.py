@@ -3,13 +3,18 @@
 from dataclasses import fields
 from typing import Any
 
-from ..data import Source, spec_errors
+from ..data import OPENING_KEYS, Source, opening_errors, spec_errors
 from .checks import Findings, unknown
 from .stage_data import SPLITS, source_of
 from .yaml_file import KeyPath
 
 
-_KEYS = (*SPLITS, *(entry.name for entry in fields(Source) if entry.name != "path"), "stopping_strategy")
+_KEYS = (
+    *SPLITS,
+    *(entry.name for entry in fields(Source) if entry.name != "path"),
+    "stopping_strategy",
+    *OPENING_KEYS,
+)
 
 
 def check_stage_data(values: dict[str, Any], index: int, findings: Findings) -> None:
@@ -37,6 +42,8 @@ def check_stage_data(values: dict[str, Any], index: int, findings: Findings) -> 
         findings.add(holders[0][0], "`train` is missing: a file, a folder, a Hub id, or several.")
     if unknown_keys:
         return
+    for keys, message in opening_errors(data):
+        findings.add((*next(path for path, holder in holders if keys[0] in holder), *keys), f"{message}.")
     for split in SPLITS:
         source = source_of(data, split)
         for keys, message in [] if source is None else spec_errors(source):

@@ -1,11 +1,13 @@
 """The samples of a stage."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 from transformers import ProcessorMixin
 
-from ..data import load_training_data
+from ..data import OPENING_KEYS, open_training_data
+from ..data.readable import REPORT_NAME
 from .schema import Stage
 
 
@@ -18,7 +20,7 @@ def source_of(data: dict[str, Any], split: str) -> Any:
     source = data.get(split)
     if source is None:
         return None
-    shared = {key: value for key, value in data.items() if key not in SPLITS}
+    shared = {key: value for key, value in data.items() if key not in (*SPLITS, *OPENING_KEYS)}
     if isinstance(source, dict):
         return {**shared, **source}
     if isinstance(source, list) and not all(isinstance(entry, str) for entry in source):
@@ -26,10 +28,32 @@ def source_of(data: dict[str, Any], split: str) -> Any:
     return {**shared, "path": source}
 
 
-def stage_dataset(stage: Stage, seed: int, processor: ProcessorMixin) -> tuple[Any, Any]:
-    """Data sets to train and to evaluate on; the latter may be `None`."""
-    train, held_out = (source_of(stage.data, split) for split in SPLITS)
-    return load_training_data(train, seed=seed), None if held_out is None else load_training_data(held_out, seed=seed)
+def stage_dataset(
+    stage: Stage, seed: int, processor: ProcessorMixin, folder: str | os.PathLike | None = None
+) -> tuple[Any, Any]:
+    """Data sets to train and to evaluate on; the latter may be `None`.
+
+    Args:
+        folder: Of the stage: the pictures that cannot be read are listed there.
+    """
+    strategy = stage.training_arguments.get("train_sampling_strategy", "random")
+    opened = []
+    for split in SPLITS:
+        source = source_of(stage.data, split)
+        report = None if folder is None else os.path.join(folder, f"{split}_{REPORT_NAME}")
+        opened.append(
+            None
+            if source is None
+            else open_training_data(
+                source,
+                stage.data,
+                seed=seed,
+                report=report,
+                training=split == "train",
+                lengths_for=processor if strategy in ("group_by_length", "batch_rebalance") else None,
+            )
+        )
+    return opened[0], opened[1]
 
 
 def held_out_texts(texts: str | list[str]) -> list[str]:

@@ -42,7 +42,7 @@ def run_stage(
     # Heads and adapters begin the same, whether this process trained the stage before or not.
     set_seed(arguments.seed)
     checkpoint = folder.last_checkpoint(stage)
-    train_dataset, eval_dataset = stage_dataset(stage, recipe.seed, processor)
+    train_dataset, eval_dataset = stage_dataset(stage, recipe.seed, processor, folder.stage(stage))
     adapted, trained = prepare_parts(model, stage.parts)
     objectives, weights = build_losses(stage.losses, adapted)
     trainer = AnyVlmTrainer(
