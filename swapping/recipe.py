@@ -73,7 +73,7 @@ def recipe_after(
         "model": checkpoint,
         "output": output or f"{checkpoint}-trained",
         "seed": 0,
-        "data": {"train": "YOUR DATA", "messages": "messages", "images": "images"},
+        "data": {"train": "YOUR DATA"},
         "training_arguments": {**TRAINING_ARGUMENTS, "bf16": "bfloat16" in str(getattr(model, "dtype", ""))},
         "stages": stages,
     }
@@ -88,7 +88,8 @@ def recipe_yaml(recipe: dict[str, Any]) -> str:
 
     head = (
         "What to train after the swap, in this order. What is not among the parts of a stage stays frozen in it. Fill in "
-        "the data: rows of `messages` and `images`. Rates are for AdamW; the reasons stand above each stage."
+        "the data: rows of `messages` and `images`, LLaVA's JSON, or pictures with captions. Rates are for AdamW; the "
+        "reasons stand above each stage. To run it: anyvlm train recipe.yaml"
     )
     text = _comment(head) + dump({key: value for key, value in recipe.items() if key != "stages"}) + "stages:\n"
     for number, stage in enumerate(recipe["stages"], 1):

@@ -18,6 +18,7 @@ DEFAULTS: dict[str, Any] = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.03,
     "logging_steps": 10,
+    "logging_first_step": True,
     "save_total_limit": 2,
 }
 

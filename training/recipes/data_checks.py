@@ -1,5 +1,6 @@
 """What a recipe says of its data, without reading any of it."""
 
+import os
 from dataclasses import fields
 from typing import Any
 
@@ -46,6 +47,10 @@ def check_stage_data(values: dict[str, Any], index: int, findings: Findings) -> 
         findings.add((*next(path for path, holder in holders if keys[0] in holder), *keys), f"{message}.")
     for split in SPLITS:
         source = source_of(data, split)
+        here = next(path for path, holder in holders if split in holder or path == holders[-1][0])
+        for name in _names(data.get(split)):
+            if " " in name and not os.path.exists(name):
+                findings.add((*here, split), f"there is no file or folder {name!r}; write where your data is.")
         for keys, message in [] if source is None else spec_errors(source):
             written = _as_written(keys, data, split)
             here = next(path for path, holder in holders if not written or written[0] in holder or path == ("data",))
@@ -64,3 +69,9 @@ def _as_written(keys: KeyPath, data: dict[str, Any], split: str) -> KeyPath:
     if isinstance(written, dict):
         return (split, *keys) if not keys or keys[0] in written or keys[0] not in data else keys
     return (split,) if not keys or keys[0] == "path" else keys
+
+
+def _names(written: Any) -> list[str]:
+    """Paths and ids among what a recipe says of a split."""
+    entries = written if isinstance(written, list) else [written]
+    return [entry for entry in entries if isinstance(entry, str)]

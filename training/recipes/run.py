@@ -5,9 +5,12 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
+from ..collator import AnyVlmDataCollator
+from ..packing import enable_packing
 from .arguments import training_arguments
 from .run_folder import RunFolder
 from .schema import Recipe, Stage
+from .stage_data import first_samples, held_out_texts, stage_dataset
 from .stage_run import run_stage
 from .summary import StageResult, write_summary
 
@@ -62,6 +65,8 @@ def train_recipe(
                 model, processor = loaded
             else:
                 model, processor = load_model(recipe, None if before is None else str(folder.model(before)))
+            say("Looking at the data of all stages…")
+            try_data(recipe.stages[index:], recipe.seed, model, processor)
         on = " from its last checkpoint" if folder.last_checkpoint(stage) else ""
         say(f"Stage {stage.folder}{on}: {stage.why}" if stage.why else f"Stage {stage.folder}{on}")
         model, result = run_stage(recipe, stage, model, processor, folder, list(callbacks(stage)))
@@ -72,6 +77,27 @@ def train_recipe(
         folder.promote(recipe.stages[-1])
         write_summary(folder.output, results, recipe.values)
     return results
+
+
+def try_data(stages: Sequence[Stage], seed: int, model: PreTrainedModel, processor: ProcessorMixin) -> None:
+    """Open the data of every stage and make a batch of it, so that no stage fails hours later for what is seen at once.
+
+    Raises:
+        ValueError: what is wrong, with the stage.
+    """
+    for stage in stages:
+        try:
+            train, held_out = stage_dataset(stage, seed, processor)
+            collator = AnyVlmDataCollator(processor, max_length=stage.max_length)
+            for dataset in (train, held_out):
+                if dataset is not None:
+                    collator(first_samples(dataset))
+            if stage.packing:
+                enable_packing(model, collator, first_samples(train))
+            if stage.forgetting.get("texts"):
+                held_out_texts(stage.forgetting["texts"])
+        except (ValueError, OSError) as error:
+            raise ValueError(f"Nothing was run: the data of stage {stage.folder}: {error}") from error
 
 
 def load_model(recipe: Recipe, checkpoint: str | None = None) -> tuple[PreTrainedModel, ProcessorMixin]:

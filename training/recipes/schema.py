@@ -57,8 +57,8 @@ STAGE: dict[str, Key] = {
     "data": Key("mapping", "of this stage; its keys take the place of the recipe's"),
     "max_length": Key("integer", "of this stage", least=2),
     "training_arguments": Key("mapping", "of this stage; its fields take the place of the recipe's"),
-    "packing": Key("yes or no or mapping", "several samples in a row, without padding"),
-    "feature_cache": Key("yes or no or text or mapping", "keep what a frozen tower gives; a folder says where"),
+    "packing": Key("yes or no", "the samples of a batch in one row, without padding"),
+    "feature_cache": Key("yes or no or text or mapping", "keep what a frozen tower gives: true, or the folder"),
     "forgetting": Key("mapping", "of this stage; its keys take the place of the recipe's"),
 }
 
@@ -72,9 +72,18 @@ PART: dict[str, Key] = {
     "unfreeze": Key("text or number or integer or mapping or list", "gradual unfreezing"),
 }
 
+FEATURE_CACHE: dict[str, Key] = {
+    "directory": Key("text", "folder of the features; several runs may share it"),
+    "max_bytes": Key("integer", "stop keeping when the features take so much", least=1),
+}
+
 FORGETTING: dict[str, Key] = {
     "texts": Key("text or list", "held-out texts: a file, one in a line, or a list", required=True),
     "warn_above": Key("number", "share by which the perplexity may rise in a stage; 0.02 is 2 %", least=0),
+    "every_n_steps": Key("integer", "measure also every so many steps", least=1),
+    "batch_size": Key("integer", "texts at once", least=1),
+    "max_length": Key("integer", "tokens of a window", least=2),
+    "stride": Key("integer", "tokens from one window to the next", least=1),
 }
 
 #: Other names of parts.

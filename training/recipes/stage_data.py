@@ -1,5 +1,6 @@
 """The samples of a stage."""
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,11 @@ def stage_dataset(
             )
         )
     return opened[0], opened[1]
+
+
+def first_samples(dataset: Any, number: int = 4) -> list[Any]:
+    """The first samples, also of a stream."""
+    return list(itertools.islice(iter(dataset), number))
 
 
 def held_out_texts(texts: str | list[str]) -> list[str]:

@@ -9,18 +9,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..collator import AnyVlmDataCollator
+from ..feature_cache import FeatureCache
 from ..forgetting import ForgettingCallback
+from ..objectives.base import Objective
 from ..objectives.registry import build_losses
+from ..packing import enable_packing
 from ..trainer import AnyVlmTrainer
 from .arguments import training_arguments
 from .run_folder import RunFolder, write_json
 from .schema import Recipe, Stage
-from .stage_data import held_out_texts, stage_dataset
+from .stage_data import first_samples, held_out_texts, stage_dataset
 from .stage_parts import prepare_parts, without_adapters
 from .summary import StageResult, losses_of
 
@@ -45,12 +49,15 @@ def run_stage(
     train_dataset, eval_dataset = stage_dataset(stage, recipe.seed, processor, folder.stage(stage))
     adapted, trained = prepare_parts(model, stage.parts)
     objectives, weights = build_losses(stage.losses, adapted)
+    collator = stage_collator(recipe, stage, adapted, processor, arguments, objectives)
+    if stage.packing:
+        enable_packing(adapted, collator, first_samples(train_dataset))
     trainer = AnyVlmTrainer(
         model=adapted,
         args=arguments,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=AnyVlmDataCollator(processor, max_length=stage.max_length, objectives=objectives),
+        data_collator=collator,
         processing_class=processor,
         objectives=objectives,
         loss_weights=weights,
@@ -61,6 +68,7 @@ def run_stage(
     trainer.remove_callback(ProgressCallback)
     seconds = Seconds(folder.stage(stage), arguments.should_save)
     trainer.add_callback(seconds)
+    trainer.add_callback(LastLoss())
     forgetting = _forgetting(trainer, stage)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -85,7 +93,36 @@ def run_stage(
     return model, result
 
 
-def stage_arguments(recipe: Recipe, stage: Stage, folder: RunFolder):
+def stage_collator(
+    recipe: Recipe,
+    stage: Stage,
+    model: nn.Module,
+    processor: ProcessorMixin,
+    arguments: TrainingArguments,
+    objectives: dict[str, Objective],
+) -> AnyVlmDataCollator:
+    """What makes batches, with the features of a frozen tower where the stage keeps them."""
+    cache = None
+    if stage.feature_cache:
+        settings = stage.feature_cache if isinstance(stage.feature_cache, dict) else {}
+        named = stage.feature_cache if isinstance(stage.feature_cache, str) else settings.get("directory")
+        cache = FeatureCache(
+            named or os.path.join(recipe.output, "stages", "features"),
+            model,
+            processor,
+            autocast_dtype=torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None,
+            max_bytes=settings.get("max_bytes"),
+        )
+    return AnyVlmDataCollator(
+        processor,
+        max_length=stage.max_length,
+        objectives=objectives,
+        packing=bool(stage.packing),
+        feature_cache=cache,
+    )
+
+
+def stage_arguments(recipe: Recipe, stage: Stage, folder: RunFolder) -> TrainingArguments:
     """`TrainingArguments` of a stage."""
     length = {"max_steps": stage.max_steps} if stage.max_steps else {"num_train_epochs": stage.epochs}
     return training_arguments(stage.training_arguments, str(folder.stage(stage)), recipe.seed, **length)
@@ -110,6 +147,14 @@ class Seconds(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.total = self.before + time.monotonic() - self.begin
+
+
+class LastLoss(TrainerCallback):
+    """The last step's loss is logged, however seldom others are: the summary tells it."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
 
 def _forgetting(trainer: AnyVlmTrainer, stage: Stage) -> ForgettingCallback | None:

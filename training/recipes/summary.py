@@ -117,6 +117,7 @@ def _draw(path: Path, results: list[StageResult]) -> None:
         axes.plot(steps, values, label=name, marker="o" if name == "eval_loss" else None)
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("loss")
+    axes.set_xlim(0, max(begin, 1))
     if curves:
         axes.legend()
     figure.savefig(path, dpi=120)

@@ -10,7 +10,19 @@ from ..objectives.registry import OBJECTIVES, check_losses
 from .arguments import check_training_arguments, training_arguments
 from .checks import Findings, check_mapping, check_value, unknown
 from .data_checks import check_stage_data
-from .schema import FORGETTING, PART, PART_ALIASES, PARTS, RECIPE, STAGE, Key, Recipe, recipe_of, settings_of_part
+from .schema import (
+    FEATURE_CACHE,
+    FORGETTING,
+    PART,
+    PART_ALIASES,
+    PARTS,
+    RECIPE,
+    STAGE,
+    Key,
+    Recipe,
+    recipe_of,
+    settings_of_part,
+)
 from .yaml_file import KeyPath, RecipeError, YamlFile, read_yaml
 
 
@@ -31,7 +43,17 @@ def load_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Recip
     file = read_yaml(path)
     for assignment in overrides:
         file.override(assignment)
+    _last_length_counts(file, overrides)
     return validate(file)
+
+
+def _last_length_counts(file: YamlFile, overrides: Sequence[str]) -> None:
+    """A length from the command line takes the place of the recipe's, whichever of the two it is written in."""
+    for assignment in overrides:
+        *path, key = assignment.partition("=")[0].split(".")
+        other = {"epochs": "max_steps", "max_steps": "epochs"}.get(key)
+        if len(path) == 2 and path[0] == "stages" and other and not any(f"{other}=" in each for each in overrides):
+            file.values["stages"][int(path[1])].pop(other, None)
 
 
 def validate(file: YamlFile) -> Recipe:
@@ -63,6 +85,9 @@ def _check_model(values: dict[str, Any], findings: Findings) -> None:
         findings.add(
             ("model",) if given else (), f"`model` {message}: give a checkpoint, or what to compose one from."
         )
+    model = values.get("model")
+    if isinstance(model, str) and not Path(model).exists() and (" " in model or model.startswith((".", "/", "~"))):
+        findings.add(("model",), f"there is no folder {model!r}; write a checkpoint's folder or a Hub id.")
     if isinstance(values.get("compose"), dict):
         from anyvlm.composition.compose import compose
 
@@ -87,16 +112,32 @@ def _check_stages(values: dict[str, Any], findings: Findings) -> None:
         for key, check in _SECTIONS.items():
             if isinstance(stage.get(key), dict):
                 check(stage[key], (*path, key), findings)
-        if ("epochs" in stage) == ("max_steps" in stage):
-            message = "exclude each other; keep one" if "epochs" in stage else "are both missing; write one"
+        lengths = [key for key in ("epochs", "max_steps") if stage.get(key) is not None]
+        if len(lengths) != 1:
+            message = "exclude each other; keep one" if lengths else "are both missing; write one"
             findings.add(path, f"`epochs` and `max_steps` {message}.")
         if isinstance(stage.get("parts"), dict):
             arguments = {**_mapping(values, "training_arguments"), **_mapping(stage, "training_arguments")}
             _check_parts(stage["parts"], (*path, "parts"), findings, "learning_rate" in arguments)
+            _check_feature_cache(stage, (*path, "feature_cache"), findings)
         if isinstance(stage.get("losses"), dict):
             _check_losses(stage["losses"], (*path, "losses"), findings)
         check_stage_data(values, index, findings)
         _check_evaluation(values, index, findings)
+
+
+def _check_feature_cache(stage: dict[str, Any], path: KeyPath, findings: Findings) -> None:
+    if isinstance(stage.get("feature_cache"), dict):
+        check_mapping(stage["feature_cache"], FEATURE_CACHE, path, findings)
+    trained = [
+        name
+        for name, written in stage["parts"].items()
+        if name.split(".", 1)[0] in ("vision_tower", "vision") and settings_of_part(written).get("train") != "frozen"
+    ]
+    if stage.get("feature_cache") and trained:
+        findings.add(
+            path, f"{trained[0]} is trained in this stage, so what it gives changes and cannot be kept; leave one out."
+        )
 
 
 def _check_losses(losses: dict[str, Any], path: KeyPath, findings: Findings) -> None:

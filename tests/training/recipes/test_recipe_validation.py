@@ -111,6 +111,8 @@ ONE_MISTAKE = [
     ("language_model: 1.0", "language_mode: 1.0", ":24:7: stages[1].losses.language_mode: ", "`language_model`"),
     ("language_model: 1.0", "language_model: -1", ":24:7: stages[1].losses.language_model: ", "at least 0"),
     ("data: {train: some/data}", "", "stages[1]: ", "no `data`"),
+    ("{train: some/data}", "{train: YOUR DATA}", ":4:8: data.train: ", "where your data is"),
+    ("model: a/model", "model: PATH OF THE MODEL", ":1:1: model: ", "no folder"),
     ("{train: some/data}", "{trian: some/data}", ":4:8: data.trian: ", "`train`"),
     ("{train: some/data}", "{train: absent.json}", ":4:8: data.train: ", "no file"),
     ("{train: some/data}", "{train: some/data, image: x}", ":4:26: data.image: ", "images"),

@@ -172,6 +172,26 @@ def test_stages_that_have_not_begun_may_change(tiny, tmp_path):
     assert result.steps == 2
 
 
+def test_packing_and_the_feature_cache_change_no_loss(tiny, tmp_path):
+    found = []
+    for name, settings in (("plain", {}), ("fast", {"packing": True, "feature_cache": True})):
+        (tmp_path / name).mkdir()
+        stage = {"name": "a", "epochs": 2, "parts": {"projector": 1e-3, "language_model": 1e-3}, **settings}
+        recipe = load_recipe(write_recipe(tmp_path / name, tiny, [stage]))
+        found.append(losses(train_recipe(recipe))[0])
+    assert found[1] == pytest.approx(found[0], abs=1e-5) and len(found[0]) == 6
+    assert list((tmp_path / "fast" / "out" / "stages" / "features").iterdir())
+
+
+def test_data_of_the_last_stage_is_looked_at_before_the_first_runs(tiny, tmp_path):
+    bad = tmp_path / "bad.json"
+    bad.write_text(json.dumps([{"messages": [{"role": "user", "content": "w1"}]}]), encoding="utf-8")
+    stages = [TWO_STAGES[0], {**TWO_STAGES[1], "data": {"train": str(bad)}}]
+    with pytest.raises(ValueError, match="(?s)stage 2-all.*no answer"):
+        train_recipe(load_recipe(write_recipe(tmp_path, tiny, stages)))
+    assert not (tmp_path / "out" / "stages" / "1-projector").exists()
+
+
 def test_a_folder_with_other_files_is_left_alone(tiny, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine", encoding="utf-8")
