@@ -13,6 +13,7 @@ from .base import Objective, ObjectiveBatch
 from .captions import caption_keys, caption_of, described_pictures, encode_captions
 from .embeddings import evaluating, hidden_size, pool_last, pool_mean, run_again, split_by_sample
 from .gather import gather_with_gradient
+from .picture_features import composed_model, pooled_features, view_features, views_of_pictures
 
 
 #: Logits of equal vectors: CLIP lets them grow to 100, and no further.
@@ -89,7 +90,7 @@ class ContrastiveObjective(Objective):
             raise ValueError("The batch has no captions. Give the collator the objectives, too: objectives=….")
         counts = batch.extra["num_pictures"].tolist()
         rows = (batch.extra["num_pictures"] > 0).nonzero()[:, 0]
-        pictures = self._pictures(batch.outputs.image_features, counts)
+        pictures = self._pictures(batch.model, batch.inputs, batch.outputs.image_features, counts)
         texts = self._texts(batch.model, batch.extra)
         with torch.no_grad():
             # CLIP's bound. Where it is in the graph, a scale beyond it would get no gradient and stay there.
@@ -107,28 +108,28 @@ class ContrastiveObjective(Objective):
             return sigmoid_loss(logits + self.logit_bias, others)
         return softmax_loss(logits, others)
 
-    def _pictures(self, image_features: Any, counts: Sequence[int]) -> torch.Tensor:
+    def _pictures(
+        self, model: nn.Module, inputs: Mapping[str, Any], image_features: Any, counts: Sequence[int]
+    ) -> torch.Tensor:
         """`(samples with pictures and caption, embedding_size)`, of length 1."""
         weight = self.picture_head[-1].weight
         pooled = [weight.new_zeros(0, weight.shape[1])]
         if any(count > 0 for count in counts):
-            parts = split_by_sample(self._per_picture(image_features, sum(map(abs, counts))), counts)
+            parts = split_by_sample(self._per_picture(model, inputs, image_features), counts)
             pooled += [
                 torch.cat(part).to(weight.dtype).mean(0, keepdim=True) for part, n in zip(parts, counts) if n > 0
             ]
         return functional.normalize(self.picture_head(torch.cat(pooled)), dim=-1)
 
-    def _per_picture(self, image_features: Any, num_pictures: int) -> Sequence[torch.Tensor]:
-        """Tokens or features `(places, width)` of each picture."""
+    def _per_picture(
+        self, model: nn.Module, inputs: Mapping[str, Any], image_features: Any
+    ) -> Sequence[torch.Tensor]:
+        """`(places, width)` of each picture: its tokens, or the mean of the tower's features."""
         if self.pictures == "tokens":
             return image_features.pooler_output
-        features = image_features.last_hidden_state
-        if features.ndim != 3 or len(features) != num_pictures:
-            raise ValueError(
-                "pictures='tower' needs pictures of one size and one view each, and this model's have several. Use "
-                "pictures='tokens'."
-            )
-        return features
+        config = composed_model(model).config
+        views, _ = view_features(config, inputs, image_features.last_hidden_state)
+        return pooled_features(views, views_of_pictures(config, inputs, len(views))).split(1)
 
     def _texts(self, model: nn.Module, encoded: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """`(captions, embedding_size)`, of length 1."""
@@ -158,7 +159,7 @@ class ContrastiveObjective(Objective):
                 ).to(model.device)
                 inputs = {name: value for name, value in inputs.items() if name not in _OF_THE_TEXT}
                 features = model.get_image_features(**inputs, return_dict=True)
-                found.append(self._pictures(features, [1] * len(part)).cpu())
+                found.append(self._pictures(model, inputs, features, [1] * len(part)).cpu())
         return torch.cat(found)
 
     @torch.no_grad()

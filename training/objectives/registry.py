@@ -17,7 +17,7 @@ OBJECTIVES: dict[str, tuple[str, str]] = {
     "matching": ("matching", "MatchingObjective"),
     "feature_distillation": ("feature_distillation", "FeatureDistillationObjective"),
     "domain_adversarial": ("domain_adversarial", "DomainAdversarialObjective"),
-    "text_kl": ("text_kl", "TextKlObjective"),
+    "text_kl": ("text_kl", "TextKLObjective"),
 }
 
 _OF_THE_WEIGHT = ("weight", "schedule")
