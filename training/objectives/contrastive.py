@@ -121,9 +121,7 @@ class ContrastiveObjective(Objective):
             ]
         return functional.normalize(self.picture_head(torch.cat(pooled)), dim=-1)
 
-    def _per_picture(
-        self, model: nn.Module, inputs: Mapping[str, Any], image_features: Any
-    ) -> Sequence[torch.Tensor]:
+    def _per_picture(self, model: nn.Module, inputs: Mapping[str, Any], image_features: Any) -> Sequence[torch.Tensor]:
         """`(places, width)` of each picture: its tokens, or the mean of the tower's features."""
         if self.pictures == "tokens":
             return image_features.pooler_output
