@@ -13,9 +13,10 @@ from .data.samples import OpenedSamples, OpenedStream
 from .objectives.base import OBJECTIVE_INPUTS, Objective, ObjectiveBatch
 from .objectives.heads import LOSS_MIXING, load_heads, save_heads
 from .objectives.weights import UncertaintyMixing, Weight
+from .safe_checkpoints import SafeCheckpointsMixin
 
 
-class AnyVlmTrainer(Trainer):
+class AnyVlmTrainer(SafeCheckpointsMixin, Trainer):
     """`Trainer`, and with it everything that works with one: callbacks, `accelerate launch`, TensorBoard, resuming.
 
     A collator's `feature_cache` is checked and filled before the first step.
@@ -172,6 +173,25 @@ class AnyVlmTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
         if _internal_call and self.args.should_save:
             save_heads(output_dir, self.heads)
+
+    def logging_state(self) -> dict[str, Any]:
+        return {
+            **super().logging_state(),
+            "loss_sums": {name: float(value) for name, value in self._loss_sums.items()},
+            "counted_steps": sorted(self._counted_steps),
+            "metrics": {name: [float(number) for number in numbers] for name, numbers in self._metrics.items()},
+        }
+
+    def load_logging_state(self, state: dict[str, Any]) -> None:
+        super().load_logging_state(state)
+
+        def tensor(number: float) -> torch.Tensor:
+            return torch.tensor(number, device=self.args.device)
+
+        self._loss_sums = {name: tensor(value) for name, value in state["loss_sums"].items()}
+        self._counted_steps = set(state["counted_steps"])
+        for name, numbers in state["metrics"].items():
+            self._metrics[name] = [tensor(number) for number in numbers]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
