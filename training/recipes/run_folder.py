@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..safe_checkpoints import last_complete_checkpoint
 from .schema import Recipe, Stage
 from .yaml_file import KeyPath, dotted
 
@@ -50,10 +51,8 @@ class RunFolder:
         write_json(self.stage(stage) / "stage.json", result)
 
     def last_checkpoint(self, stage: Stage) -> str | None:
-        """The trainer's last checkpoint that is whole: its state is what it writes last."""
-        found = [path for path in self.stage(stage).glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-        found.sort(key=lambda path: int(path.name.rpartition("-")[2]))
-        return str(found[-1]) if found else None
+        """The trainer's last checkpoint that is whole."""
+        return last_complete_checkpoint(self.stage(stage))
 
     @property
     def is_finished(self) -> bool:
