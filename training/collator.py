@@ -74,7 +74,7 @@ class AnyVlmDataCollator:
         is_plain = [sample.get("messages") is None for sample in samples]
         for sample, plain in zip(samples, is_plain):
             if plain:
-                text = _plain_text(sample, self.processor)
+                text = plain_text(sample, self.processor)
                 texts.append(text)
                 spans.append([(0, len(text))])
                 pictures.append([])
@@ -141,7 +141,7 @@ class AnyVlmDataCollator:
             )
 
 
-def _plain_text(sample: Mapping[str, Any], processor: ProcessorMixin) -> str:
+def plain_text(sample: Mapping[str, Any], processor: ProcessorMixin) -> str:
     """The text with its end."""
     if not isinstance(sample.get("text"), str):
         raise ValueError(f"A sample has neither messages nor text, only {', '.join(sample) or 'nothing'}.")

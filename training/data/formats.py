@@ -18,6 +18,7 @@ _NAMES = {
     "label": ("label",),
     "question": ("question",),
     "answer": ("answer", "answers"),
+    "text": ("text",),
 }
 #: Columns that a format needs, the most telling first.
 _NEEDS = {
@@ -25,7 +26,7 @@ _NEEDS = {
     "questions": ("question", "answer"),
     "classes": ("images", "label"),
     "captions": ("images", "caption"),
-    "text": ("caption",),
+    "text": ("text",),
 }
 #: What a caption is an answer to: LLaVA's questions for brief descriptions.
 CAPTION_QUESTIONS = (
@@ -41,7 +42,6 @@ CAPTION_QUESTIONS = (
     "Write a terse but informative summary of the picture.",
 )
 CLASS_QUESTIONS = ("What is in the picture?",)
-TEXT_QUESTIONS = ("Write a text.",)
 
 
 @dataclass
@@ -63,7 +63,8 @@ class Rows:
     @property
     def used(self) -> set[str]:
         """Columns that end in the sample; all others are kept."""
-        return {self.columns[name] for name in ("messages", "images") if name in self.columns}
+        names = ("text",) if self.format == "text" else ("messages", "images")
+        return {self.columns[name] for name in names if name in self.columns}
 
 
 def recognise(available: Sequence[str], source: Source, folder: str | None, class_names=None) -> Rows:
@@ -100,13 +101,18 @@ def recognise(available: Sequence[str], source: Source, folder: str | None, clas
 
 
 def sample_of(row: Mapping[str, Any], rows: Rows, source: Source, seed: int) -> dict[str, Any]:
-    """`{"messages", "images"}` of a row.
+    """`{"messages", "images"}` of a row; plain text has no messages, but `text`, as the collator takes it.
 
     Raises:
         BadRow: with what is wrong.
     """
     columns = rows.columns
-    images = row.get(columns["images"]) if "images" in columns and rows.format != "text" else None
+    if rows.format == "text":
+        text = row.get(columns["text"])
+        if not isinstance(text, str) or not text.strip():
+            raise BadRow(f"the column {columns['text']!r} (text) is empty")
+        return {"messages": None, "images": [], "text": text}
+    images = row.get(columns["images"]) if "images" in columns else None
     if rows.format == "messages":
         videos = row.get("videos")
         turns = row.get(columns["messages"])
@@ -125,7 +131,7 @@ def sample_of(row: Mapping[str, Any], rows: Rows, source: Source, seed: int) -> 
 
 
 def _question_and_answer(row: Mapping[str, Any], rows: Rows, source: Source, seed: int) -> tuple[str, str]:
-    role = {"captions": "caption", "text": "caption", "classes": "label", "questions": "answer"}[rows.format]
+    role = {"captions": "caption", "classes": "label", "questions": "answer"}[rows.format]
     given = row.get(rows.columns[role])
     # Of several captions or answers one, the same whenever and wherever the row is read.
     if isinstance(given, (list, tuple)):
@@ -144,7 +150,7 @@ def _question_and_answer(row: Mapping[str, Any], rows: Rows, source: Source, see
         answer = source.classes.get(name, name.replace("_", " "))
     else:
         answer = text_of(given)
-    defaults = {"captions": CAPTION_QUESTIONS, "classes": CLASS_QUESTIONS, "text": TEXT_QUESTIONS}[rows.format]
+    defaults = {"captions": CAPTION_QUESTIONS, "classes": CLASS_QUESTIONS}[rows.format]
     return _pick(source.questions or defaults, seed, "question", _identity(row, rows), answer), answer
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from transformers import ProcessorMixin
 
-from ..collator import place_media, render_with_assistant_spans
+from ..collator import place_media, plain_text, render_with_assistant_spans
 from .readable import UnreadablePicture, picture_name
 
 
@@ -40,7 +40,7 @@ def sample_length(sample: Mapping[str, Any], processor: ProcessorMixin) -> int:
     """
     tokenizer = processor.tokenizer
     if sample.get("messages") is None:
-        return len(tokenizer(sample["text"]).input_ids)
+        return len(tokenizer(plain_text(sample, processor)).input_ids)
     messages, media = place_media(sample)
     text, _ = render_with_assistant_spans(processor, messages)
     bos = tokenizer.bos_token

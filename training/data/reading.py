@@ -1,6 +1,5 @@
 """Tables as `datasets` reads them: files, folders of pictures, data sets on disk and on the Hub; pictures are not opened."""
 
-import glob
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -16,19 +15,18 @@ _ON_DISK = ("dataset_dict.json", "state.json")
 _STREAM_SHARDS = 16
 
 
-def files_of(source: Source, reader: str | None = None) -> list[str]:
-    """Local files of rows that a source names (a folder: those in it, if it has no pictures), all of one kind; with
-    `reader` only if that reads them.
+def files_of(source: Source, split: str, reader: str | None = None) -> list[str]:
+    """Local files of rows that a source names, all of one kind; with `reader` only if that reads them.
+
+    Of a folder, those of a split, told by their names as `datasets` does (`train.jsonl`, `test/…`).
 
     Raises:
-        ValueError: files of several kinds.
+        ValueError: files of several kinds; no such split.
     """
     paths = [os.fspath(path) for path in source.paths]
     files = [path for path in paths if os.path.isfile(path) and os.path.basename(path) not in METADATA]
     if len(paths) == 1 and os.path.isdir(paths[0]) and not _is_saved(paths[0]) and not _metadata(paths[0]):
-        files = sorted(
-            name for suffix in SUFFIXES for name in glob.glob(os.path.join(glob.escape(paths[0]), f"*{suffix}"))
-        )
+        files = _files_of_split(paths[0], source.split or split)
     kinds = {SUFFIXES.get(os.path.splitext(name)[1].lower()) for name in files}
     if len(kinds) > 1 or None in kinds:
         raise ValueError(
@@ -38,17 +36,35 @@ def files_of(source: Source, reader: str | None = None) -> list[str]:
     return files if reader is None or kinds == {reader} else []
 
 
+def _files_of_split(folder: str, split: str) -> list[str]:
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    # Texts in a folder are captions, and what is in deeper folders belongs to pictures.
+    suffixes = set(SUFFIXES) - {".txt"}
+    if not any(os.path.splitext(name)[1].lower() in suffixes for name in os.listdir(folder)):
+        return []
+    found = {
+        str(name): [file for file in files if os.path.splitext(file)[1].lower() in suffixes]
+        for name, files in DataFilesDict.from_patterns(get_data_patterns(folder), base_path=folder).items()
+    }
+    if split not in found:
+        raise ValueError(f"{folder} has no split {split!r}; it has {', '.join(found)}. Set `split`.")
+    return sorted(found[split])
+
+
 def read_table(source: Source, split: str) -> tuple["Dataset | IterableDataset", str | None]:
     """The rows of a source with pictures unopened, and the folder that names of pictures are relative to."""
     import datasets
 
     path, split = os.fspath(source.paths[0]), source.split or split
-    files, folder = files_of(source), None
+    files, folder = files_of(source, split), None
     if files:
         folder = os.path.dirname(os.path.abspath(files[0]))
         reader = SUFFIXES[os.path.splitext(files[0])[1].lower()]
         settings = {"sep": "\t"} if files[0].lower().endswith(".tsv") else {}
         table = datasets.load_dataset(reader, data_files=files, split="train", streaming=source.streaming, **settings)
+        if reader == "text":
+            table = table.filter(lambda text: bool(text.strip()), input_columns=["text"])
     elif not os.path.isdir(path):
         table = datasets.load_dataset(
             path, source.name, split=split, revision=source.revision, streaming=source.streaming

@@ -15,8 +15,8 @@ class Source:
     """One source of samples, as a recipe writes it.
 
     Args:
-        path: A file (`.jsonl`, `.json`, `.parquet`, `.csv`, `.arrow`) or several, a folder (saved by `datasets`, of such
-            files, or of pictures), or a Hub id.
+        path: A file (`.jsonl`, `.json`, `.parquet`, `.csv`, `.arrow`; `.txt`: a text in each line) or several, a folder
+            (saved by `datasets`, of such files, or of pictures), or a Hub id.
         name: Which of the configurations of a Hub data set.
         split: Of it; `train[:10%]` works.
         revision: Of it.
@@ -28,6 +28,7 @@ class Source:
         image_folder: What the names of pictures are relative to. Default: the folder of the file.
         caption: Column of the caption. Default: `caption`, `captions`, then `text`.
         label: Column of the class. Default: `label`.
+        text: Column of plain text. Default: `text`.
         question, answer: Columns of these. Default: `question`; `answer`, then `answers`.
         questions: What captions and class names are answers to; each sample gets one of them.
         classes: Name of a class in the data -> what the answer calls it. Default: the name, `_` as a space.
@@ -50,6 +51,7 @@ class Source:
     image_folder: str | None = None
     caption: str | None = None
     label: str | None = None
+    text: str | None = None
     question: str | None = None
     answer: str | None = None
     questions: list[str] = field(default_factory=list)
@@ -202,6 +204,7 @@ SUFFIXES = {
     ".csv": "csv",
     ".tsv": "csv",
     ".arrow": "arrow",
+    ".txt": "text",
 }
 
 

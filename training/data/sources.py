@@ -69,7 +69,8 @@ def load_training_data(spec: Any, *, seed: int = 0, split: str = "train") -> "Da
 def _load(source: Source, seed: int, split: str) -> "Dataset | IterableDataset":
     import datasets
 
-    dataset = _from_json(source, seed) if files_of(source, "json") else _from_table(source, seed, split)
+    files = files_of(source, split, "json")
+    dataset = _from_json(source, files, seed) if files else _from_table(source, seed, split)
     if isinstance(dataset, datasets.IterableDataset):
         if source.skip_bad_rows:
             dataset = dataset.filter(lambda problem: problem is None, input_columns=[PROBLEM])
@@ -85,10 +86,9 @@ def _load(source: Source, seed: int, split: str) -> "Dataset | IterableDataset":
     return dataset
 
 
-def _from_json(source: Source, seed: int) -> "Dataset | IterableDataset":
+def _from_json(source: Source, files: list[str], seed: int) -> "Dataset | IterableDataset":
     import datasets
 
-    files = files_of(source, "json")
     first = [row for _, (_, _, row) in zip(range(FIRST_ROWS), json_rows(files)) if isinstance(row, Mapping)]
     if not first:
         raise ValueError(f'{source.path}: there are no rows in it that are objects (`{{"messages": …}}`).')
@@ -98,7 +98,7 @@ def _from_json(source: Source, seed: int) -> "Dataset | IterableDataset":
     arguments = {"files": files, "versions": file_versions(files), "rows": rows, "source": source}
     arguments |= {"seed": seed, "kept": kept}
     make = datasets.IterableDataset if source.streaming else datasets.Dataset
-    return make.from_generator(_json_samples, features=_features(kept), gen_kwargs=arguments)
+    return make.from_generator(_json_samples, features=_features(kept, rows), gen_kwargs=arguments)
 
 
 def _json_samples(files, versions, rows: Rows, source: Source, seed: int, kept: "Features") -> Iterator[dict]:
@@ -126,7 +126,7 @@ def _from_table(source: Source, seed: int, split: str) -> "Dataset | IterableDat
         with_indices=True,
         fn_kwargs=arguments,
         remove_columns=list(features),
-        features=_features(kept),
+        features=_features(kept, rows),
         **({} if source.streaming else {"desc": f"Samples of {os.path.basename(str(source.paths[0]))}"}),
     )
 
@@ -152,19 +152,23 @@ def _converted(row: Any, place: str, rows: Rows, source: Source, seed: int, kept
             raise ValueError(
                 f"{source.path}, {place}: {error}. (`skip_bad_rows: true` leaves such rows out.)"
             ) from error
-        return {"messages": [], "images": [], **dict.fromkeys(kept), PROBLEM: f"{place}: {error}"}
+        text = {"text": None} if rows.format == "text" else {}
+        return {"messages": [], "images": [], **text, **dict.fromkeys(kept), PROBLEM: f"{place}: {error}"}
 
 
 def _replaced(rows: Rows) -> set[str]:
-    return {*rows.used, "messages", "images", PROBLEM}
+    return {*rows.used, "messages", "images", PROBLEM, *(["text"] if rows.format == "text" else [])}
 
 
-def _features(kept: "Features") -> "Features":
+def _features(kept: "Features", rows: Rows) -> "Features":
     from datasets import Features, Image, List, Value
 
     block = {"type": Value("string"), "text": Value("string")}
     messages = List({"role": Value("string"), "content": List(block)})
-    return Features({"messages": messages, "images": List(Image(decode=False)), **kept, PROBLEM: Value("string")})
+    text = {"text": Value("string")} if rows.format == "text" else {}
+    return Features(
+        {"messages": messages, "images": List(Image(decode=False)), **text, **kept, PROBLEM: Value("string")}
+    )
 
 
 def _types_of(columns: Mapping[str, list]) -> "Features":

@@ -124,6 +124,27 @@ def test_llava(pictures, collator, tmp_path_factory):
     assert rows["id"][:] == ["000", "5", "text"]
 
 
+@pytest.mark.parametrize("streaming", [False, True], ids=["read", "streamed"])
+def test_plain_texts(tmp_path, collator, streaming):
+    """As the collator takes them: without messages, supervised whole; also beside conversations."""
+    (tmp_path / "texts.txt").write_text("w1 w2\n\nw3 w4 w5\n")
+    talk = write(tmp_path / "talk.jsonl", SAMPLES[1:2])
+    mix = [{"path": str(tmp_path / "texts.txt")}, {"path": talk}]
+    rows = list(load_training_data({"mix": mix, "streaming": streaming, "shuffle_buffer": 0}))
+    written = [{"text": "w1 w2"}, {"text": "w3 w4 w5"}, SAMPLES[1]]
+    assert [row["source"] for row in rows] == ["texts.txt", "texts.txt", "talk.jsonl"]
+    same(collator(rows), collator(written))
+
+
+def test_splits_of_a_folder(tmp_path):
+    for split, number in (("train", 3), ("test", 2)):
+        write(tmp_path / f"{split}.jsonl", [SAMPLES[1]] * number)
+    assert len(load_training_data(str(tmp_path))) == 3
+    assert len(load_training_data(str(tmp_path), split="test")) == 2
+    with pytest.raises(ValueError, match="no split 'validation'; it has train, test"):
+        load_training_data({"path": str(tmp_path), "split": "validation"})
+
+
 def test_a_changed_file_is_read_again(pictures):
     path = write(pictures / "rows.jsonl", SAMPLES)
     assert len(load_training_data(path)) == 5
