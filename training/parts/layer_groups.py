@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ...modeling.fused_vision_towers import FusedVisionTowers
 
@@ -17,13 +18,14 @@ from ...modeling.fused_vision_towers import FusedVisionTowers
 EMBEDDINGS, LAYER, HEAD = "embeddings", "layer", "head"
 
 #: Modules run in the order in which they are registered. Of all language models and towers of transformers these do
-#: not: what gemma3n, gemma4 and cpmant compute from embeddings for every layer, and glm4v's norm of patches;
+#: not: what gemma3n, gemma4 and cpmant compute from embeddings for every layer, BART's norm of them and glm4v's of patches;
 _RUN_BEFORE = frozenset(
     (
         "per_layer_model_projection",
         "per_layer_projection_norm",
         "altup_projections",
         "position_bias",
+        "layernorm_embedding",
         "post_conv_layernorm",
     )
 )
@@ -66,17 +68,18 @@ def layer_groups(part: nn.Module) -> list[LayerGroup]:
         return [LayerGroup("", LAYER, tuple(names))]
     found: dict[int, list[str]] = {index: [] for index in range(-1, len(layers) + 1)}
     place = {f"{prefix}.": index for index, prefixes in enumerate(layers) for prefix in prefixes}
-    embeddings = tuple(f"{name}." for name, module in part.named_modules() if isinstance(module, nn.Embedding))
+    embeddings = {id(module.weight) for module in part.modules() if isinstance(module, nn.Embedding)}
     first_layer = min(index for index, name in enumerate(names) if name.startswith(tuple(place)))
     # What a causal language model has outside of its base model is its head.
-    base = f"{getattr(part, 'base_model_prefix', '')}."
+    is_language_model = isinstance(part, PreTrainedModel) and part.get_output_embeddings() is not None
+    base = f"{part.base_model_prefix}." if is_language_model else ""
     base = base if layers[0][0].startswith(base) else ""
-    for number, name in enumerate(names):
+    for number, (name, parameter) in enumerate(part.named_parameters()):
         layer = next((index for prefix, index in place.items() if name.startswith(prefix)), None)
         if layer is None:
             modules = set(name.split("."))
             is_before = number < first_layer and name.startswith(base)
-            is_before = is_before or name.startswith(embeddings) or modules & _RUN_BEFORE
+            is_before = is_before or id(parameter) in embeddings or modules & _RUN_BEFORE
             layer = -1 if is_before and not modules & _RUN_BEHIND else len(layers)
         found[layer].append(name)
     return [
