@@ -1,5 +1,6 @@
 """The Python of the README, run from top to bottom with tiny stand-ins for what would be downloaded."""
 
+import json
 import re
 from pathlib import Path
 
@@ -52,6 +53,15 @@ def test_readme_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("anyvlm.swapping.fitting.DISTILLATION_SECONDS", 3.0)
     blocks = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     llava, llava_processor = build_native(native_cases("llava")[0], seed=0, tied=False)
+    (recipe,) = re.findall(r"^```yaml\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert "last 4 layers" in recipe
+    Path("recipe.yaml").write_text(
+        recipe.replace("last 4 layers", "last layer"), encoding="utf-8"
+    )  # tiny towers have two
+    turns = [{"from": "human", "value": "<image> w1"}, {"from": "gpt", "value": "w2"}]
+    Path("data").mkdir()
+    rows = [{"image": "../cat.png", "conversations": turns}] * 4
+    Path("data/train.json").write_text(json.dumps(rows), encoding="utf-8")
     messages = [{"role": "user", "content": "<image> w1"}, {"role": "assistant", "content": "w2"}]
     names = {
         "anyvlm": anyvlm,
@@ -66,4 +76,6 @@ def test_readme_runs(tmp_path, monkeypatch, capsys):
         exec(compile(block, str(README), "exec"), names)
     assert "tokens" in capsys.readouterr().out  # of check
     assert names["trainer"].state.global_step > 0
+    assert AutoModelForCausalLM.from_pretrained("my-trained-vlm", trust_remote_code=True).num_parameters() > 0
+    assert "| 2-all |" in Path("my-trained-vlm/summary.md").read_text(encoding="utf-8")
     assert type(names["native"]) is type(llava)
