@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from transformers import ProcessorMixin, TrainerCallback
 
 from ..configuration.image_views import depends_on_pictures
+from .data.samples import opened_in
 from .feature_filling import fill_shards
 from .feature_keys import facts_hash, picture_key, tower_facts
 from .feature_shards import FeatureShards
@@ -188,7 +189,7 @@ def refuse_augmented(dataset: Any) -> None:
     Raises:
         ValueError: the data set says that it augments, so that a picture is never the same twice.
     """
-    if getattr(dataset, "augments", False):
+    if getattr(dataset, "augments", False) or any(opened.augments for opened in opened_in(dataset)):
         raise ValueError(
             "This data set augments its pictures, so each epoch has other ones and no feature would be used twice. Switch "
             "the augmentation off, or train without a feature cache."

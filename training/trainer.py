@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from .collator import AnyVlmDataCollator
-from .data.samples import OpenedSamples, OpenedStream
+from .data.samples import OpenedSamples, opened_in
 from .objectives.base import OBJECTIVE_INPUTS, Objective, ObjectiveBatch
 from .objectives.heads import LOSS_MIXING, load_heads, save_heads
 from .objectives.weights import UncertaintyMixing, Weight
@@ -56,8 +56,8 @@ class AnyVlmTrainer(SafeCheckpointsMixin, Trainer):
         self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
         #: All that is trained beside the model, under the names that a checkpoint has.
         self.heads = nn.ModuleDict({**self.objectives, LOSS_MIXING: self.loss_mixing})
-        if isinstance(self.train_dataset, (OpenedSamples, OpenedStream)):
-            for callback in self.train_dataset.callbacks():
+        for dataset in opened_in(self.train_dataset):
+            for callback in dataset.callbacks():
                 self.add_callback(callback)
         if any(True for _ in self.heads.parameters()):
             self.add_callback(_HeadGradients(self))

@@ -171,6 +171,19 @@ class OpenedStream(_Opened, torch.utils.data.IterableDataset):
             epoch += 1
 
 
+def opened_in(dataset: Any) -> list[OpenedSamples | OpenedStream]:
+    """The data sets of `open_pictures` in one that was put around them: `torch`'s `ConcatDataset` and `Subset`, mixtures
+    with text or with other domains."""
+    if isinstance(dataset, (OpenedSamples, OpenedStream)):
+        return [dataset]
+    if isinstance(dataset, Mapping):
+        return [one for value in dataset.values() for one in opened_in(value)]
+    if isinstance(dataset, (list, tuple)):
+        # Of rows in a list, not each.
+        return [one for value in dataset if isinstance(value, torch.utils.data.Dataset) for one in opened_in(value)]
+    return opened_in(vars(dataset)) if isinstance(dataset, torch.utils.data.Dataset) else []
+
+
 class _OpenedCallback(TrainerCallback):
     def __init__(self, dataset: _Opened):
         self.dataset = dataset

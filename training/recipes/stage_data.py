@@ -5,9 +5,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import ProcessorMixin
 
-from ..data import OPENING_KEYS, open_training_data
+from ..data import OPENING_KEYS, augmentation_sheet, open_training_data
 from ..data.readable import REPORT_NAME
 from .schema import Stage
 
@@ -35,7 +36,7 @@ def stage_dataset(
     """Data sets to train and to evaluate on; the latter may be `None`.
 
     Args:
-        folder: Of the stage: the pictures that cannot be read are listed there.
+        folder: Of the stage: the pictures that cannot be read are listed there, and a sheet shows what augmentation does.
     """
     strategy = stage.training_arguments.get("train_sampling_strategy", "random")
     opened = []
@@ -54,6 +55,11 @@ def stage_dataset(
                 lengths_for=processor if strategy in ("group_by_length", "batch_rebalance") else None,
             )
         )
+    if folder is not None and opened[0].augmentation is not None and PartialState().is_main_process:
+        pictures = [picture for row in itertools.islice(iter(opened[0].rows), 24) for picture in row["images"][:1]]
+        if pictures:
+            sheet = os.path.join(folder, "augmentation.png")
+            augmentation_sheet(pictures[:8], opened[0].augmentation, sheet, seed=seed)
     return opened[0], opened[1]
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import yaml
 from model_tester import picture
+from PIL import Image
 from tiny_parts import text_config, tiny_tokenizer, vision_config
 
 import anyvlm
@@ -104,6 +105,7 @@ def test_a_recipe_with_all_of_it(folder):
     results = train_recipe(load_recipe(recipe_of(folder, **SETTINGS)))
     assert len([entry for entry in results[0].history if "loss" in entry]) == 7
     assert any("pictures" in warning and "4.png" in warning for warning in results[0].warnings)
+    assert Image.open(next((folder / "out").rglob("augmentation.png"))).width == 7 * 164
     (report,) = (folder / "out").rglob("train_unreadable_pictures.jsonl")
     assert [json.loads(line)["picture"] for line in report.open()] == [str(folder / "pictures" / "w1" / "4.png")]
 

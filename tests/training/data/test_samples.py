@@ -22,6 +22,10 @@ from anyvlm.training.data import (
     open_pictures,
     read_picture,
 )
+from anyvlm.training.data.samples import opened_in
+from anyvlm.training.domains import MixedDomains
+from anyvlm.training.feature_cache import refuse_augmented
+from anyvlm.training.text_replay import mix_text_replay
 
 
 NUM_SAMPLES = 24
@@ -159,6 +163,16 @@ class TestSkipping:
             open_pictures(load_training_data(rows), max_unreadable=1.0)[0]
         with pytest.raises(ValueError, match="no sample that can be used"):
             next(iter(open_pictures(load_training_data({**rows, "streaming": True}), max_unreadable=1.0)))
+
+
+def test_found_in_what_is_put_around_it(rows):
+    data = open_pictures(load_training_data(rows), max_unreadable=0.5, augmentation=Augmentation())
+    around = torch.utils.data.ConcatDataset([torch.utils.data.Subset(data, range(3)), MixedDomains(data, {"b": data})])
+    assert [one is data for one in opened_in(around)] == [True] * 3
+    for dataset in (mix_text_replay(data, ["w1"]), around):
+        with pytest.raises(ValueError, match="augments its pictures"):
+            refuse_augmented(dataset)
+    assert opened_in(load_training_data(rows)) == [] and opened_in([{"messages": []}]) == []
 
 
 def new_trainer(folder, data, max_steps, trainer_class=Trainer, save_strategy="no", **options):
