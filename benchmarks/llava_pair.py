@@ -1,7 +1,7 @@
 """The same vision-language model twice, with equal weights: composed by anyvlm, and as transformers' own LLaVA."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,9 +81,9 @@ QUICK_SIZES = Sizes(
 )
 
 
-def small_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of a few words: the models here are given ids, and only need to know what the special ones are."""
-    vocabulary = {word: index for index, word in enumerate(("<unk>", "<s>", "</s>", "<pad>"))}
+def small_tokenizer(words: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A tokenizer of a few words, or none: models that are given ids only need to know what the special ones are."""
+    vocabulary = {word: index for index, word in enumerate(("<unk>", "<s>", "</s>", "<pad>", *words))}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(
@@ -93,6 +93,13 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
 
 def compose_ours(sizes: Sizes, vocab_size: int, dtype: torch.dtype, seed: int):
     """LLaVA-1.5's architecture, by `anyvlm.compose`, with random weights."""
+    return compose_with_processor(sizes, vocab_size, dtype, seed)[0]
+
+
+def compose_with_processor(
+    sizes: Sizes, vocab_size: int, dtype: torch.dtype, seed: int, tokenizer: PreTrainedTokenizerFast | None = None
+):
+    """The same, and its processor."""
     vision_config = CLIPVisionConfig(
         hidden_size=sizes.hidden_size,
         intermediate_size=4 * sizes.hidden_size,
@@ -112,10 +119,10 @@ def compose_ours(sizes: Sizes, vocab_size: int, dtype: torch.dtype, seed: int):
         vocab_size=vocab_size,
         tie_word_embeddings=sizes.tie_word_embeddings,
     )
-    model, _ = anyvlm.compose(
+    return anyvlm.compose(
         vision=vision_config,
         text=text_config,
-        tokenizer=small_tokenizer(),
+        tokenizer=tokenizer or small_tokenizer(),
         projector="mlp",
         image_size=sizes.image_size,
         vision_feature_layer=-2,
@@ -123,7 +130,6 @@ def compose_ours(sizes: Sizes, vocab_size: int, dtype: torch.dtype, seed: int):
         dtype=dtype,
         seed=seed,
     )
-    return model
 
 
 def native_config(config: anyvlm.AnyVlmConfig) -> LlavaConfig:
