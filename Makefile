@@ -17,7 +17,7 @@ WORKERS ?= auto
 # What the oldest transformers must pass: everything but the demo, the benchmarks and the style of commands.
 CORE_TESTS := tests/composition tests/configuration tests/modeling tests/processing tests/training tests/test_checkpoint.py
 
-.PHONY: help demo test test-oldest matrix architectures combinations swaps lint format parity clean
+.PHONY: help demo test test-oldest matrix architectures combinations swaps lint format parity training-benchmark clean
 
 help:
 	@echo "make demo     make an environment, compose, train on handwritten digits, report (out/demo)"
@@ -30,6 +30,7 @@ help:
 	@echo "make lint     check the style"
 	@echo "make format   put the style right"
 	@echo "make parity   measure against the native LLaVA class"
+	@echo "make training-benchmark  measure training against the native LLaVA class (docs/training_speed.md)"
 	@echo "make clean    remove the environments and what the commands wrote"
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -78,6 +79,9 @@ format: $(INSTALLED)
 
 parity: $(INSTALLED)
 	$(BIN)/python benchmarks/parity.py
+
+training-benchmark: $(INSTALLED)
+	$(BIN)/python benchmarks/training.py --output out/training.json --markdown out/training.md
 
 clean:
 	rm -rf $(VENV) $(VENV_OLDEST) out

@@ -1,6 +1,7 @@
 """Compute the features of the pictures of a data set that a feature cache has not yet."""
 
 import contextlib
+import copy
 import itertools
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from ..processing.pictures import to_rgb_picture
 from ..swapping.picture_paths import PicturePath
 from ..swapping.training_state import training_bar
 from .collator import place_media, single_samples
+from .data.samples import OpenedStream
 
 
 if TYPE_CHECKING:
@@ -29,6 +31,9 @@ def fill_shards(
     cache: "FeatureCache", dataset: Dataset, model: nn.Module, batch_size: int, num_workers: int, progress: bool
 ) -> int:
     """What `FeatureCache.fill` does; returns how many pictures were computed."""
+    if isinstance(dataset, OpenedStream):
+        dataset = copy.copy(dataset)
+        dataset.repeat = False
     total = None if isinstance(dataset, IterableDataset) else len(dataset)
     loader = DataLoader(
         _own_share(dataset),

@@ -23,6 +23,8 @@ from transformers import (
 import anyvlm
 from anyvlm.compatibility import tiny_configs
 from anyvlm.processing.processing_anyvlm import AnyVlmProcessor
+from anyvlm.training.data.augmentation import Augmentation
+from anyvlm.training.data.samples import open_pictures
 from anyvlm.training.feature_keys import picture_key
 from anyvlm.training.packing import enable_packing
 
@@ -175,6 +177,20 @@ def test_packed_samples_plain_text_and_lists_of_samples(tmp_path):
     packed = anyvlm.AnyVlmDataCollator(processor, packing=True, feature_cache=cache)(data)
     assert "pixel_values" not in packed and len(packed["input_ids"]) == 1
     torch.testing.assert_close(outputs(model, packed), outputs(model, plain(data)))
+
+
+def test_streams_that_begin_again_are_filled_from_once(tmp_path):
+    class Rows(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([sample([0]), sample([1])])
+
+    model, processor = new_model()
+    stream = open_pictures(Rows())
+    cache = anyvlm.FeatureCache(tmp_path, model, processor)
+    assert cache.fill(stream, model, progress=False) == 2 and stream.repeat
+    augmenting = open_pictures(Rows(), augmentation=Augmentation())
+    with pytest.raises(ValueError, match="augments its pictures"):
+        cache.fill(augmenting, model)
 
 
 @pytest.mark.parametrize("fusion", ["embed", "cross_attention"])
