@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback
 
 from .collator import AnyVlmDataCollator
 from .data.samples import OpenedSamples, opened_in
+from .finite_loss import FiniteLossGuard
 from .objectives.base import OBJECTIVE_INPUTS, Objective, ObjectiveBatch
 from .objectives.heads import LOSS_MIXING, load_heads, save_heads
 from .objectives.weights import UncertaintyMixing, Weight
@@ -27,6 +28,7 @@ class AnyVlmTrainer(SafeCheckpointsMixin, Trainer):
             progress, from 0 to 1 (`objectives.weights.loss_weight` makes one of a schedule). With weight 0 an objective is
             not computed.
         loss_mixing: Learns how much each loss counts, beside the weights (`objectives.weights.UncertaintyMixing`).
+        finite_loss_guard: Stop at the first loss or gradient that is not finite (`training.finite_loss`).
         parameter_groups: What is trained and how fast, as torch's optimizers take it (see `training.parts`).
             Default: every parameter that requires a gradient at `learning_rate`, as `Trainer` does.
         **kwargs: As for `Trainer`.
@@ -42,6 +44,7 @@ class AnyVlmTrainer(SafeCheckpointsMixin, Trainer):
         loss_weights: Mapping[str, Weight] | None = None,
         loss_mixing: UncertaintyMixing | None = None,
         parameter_groups: Sequence[Mapping[str, Any]] | None = None,
+        finite_loss_guard: bool = True,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
@@ -61,6 +64,10 @@ class AnyVlmTrainer(SafeCheckpointsMixin, Trainer):
                 self.add_callback(callback)
         if any(True for _ in self.heads.parameters()):
             self.add_callback(_HeadGradients(self))
+        self.finite_loss_guard = None
+        if finite_loss_guard:
+            self.finite_loss_guard = FiniteLossGuard(self, watch_forward=False, heads=self.heads)
+            self.add_callback(self.finite_loss_guard)
         if isinstance(self.data_collator, AnyVlmDataCollator) and self.data_collator.feature_cache is not None:
             self.add_callback(self.data_collator.feature_cache.callback(self.train_dataset))
 
@@ -97,10 +104,14 @@ class AnyVlmTrainer(SafeCheckpointsMixin, Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """The language model's loss and the objectives', each by its weight."""
-        inputs = dict(inputs)
+        batch_given, inputs = inputs, dict(inputs)
         extras = inputs.pop(OBJECTIVE_INPUTS, {})
-        if not (self.objectives and model.training):
+        if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.objectives:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            self._check_finite(batch_given, {"language_model": loss})
+            return (loss, outputs) if return_outputs else loss
         loss, outputs = super().compute_loss(
             model, {**inputs, "output_image_features": True}, True, num_items_in_batch
         )
@@ -123,9 +134,14 @@ class AnyVlmTrainer(SafeCheckpointsMixin, Trainer):
             self._count_loss(name, torch.zeros_like(loss) if value is None else share * value)
             if value is not None:
                 computed[name] = weight * (share if is_scaled else 1.0) * value
+        self._check_finite(batch_given, computed)
         loss = sum(self.loss_mixing.factor(name) * value for name, value in computed.items())
         loss = loss + (share if is_scaled else 1.0) * self.loss_mixing.penalty(list(computed))
         return (loss, outputs) if return_outputs else loss
+
+    def _check_finite(self, batch: Mapping[str, Any], losses: Mapping[str, torch.Tensor]) -> None:
+        if self.finite_loss_guard is not None:
+            self.finite_loss_guard.check_loss(batch, losses)
 
     def _count_loss(self, name: str, value: torch.Tensor) -> None:
         self._counted_steps.add(self.state.global_step)

@@ -16,7 +16,11 @@ class SafeTrainer(SafeCheckpointsMixin, Trainer):
     pass
 
 
+OF_TRAINER = ("objectives", "finite_loss_guard")
+
+
 def new_trainer(folder, max_steps=6, trainer_class=AnyVlmTrainer, seed=0, callbacks=(), **options):
+    of_trainer = {name: options.pop(name) for name in OF_TRAINER if name in options}
     model, processor = new_model(seed=seed)
     defaults = {
         "save_steps": 2,
@@ -33,9 +37,10 @@ def new_trainer(folder, max_steps=6, trainer_class=AnyVlmTrainer, seed=0, callba
         args=TrainingArguments(output_dir=str(folder), max_steps=max_steps, **{**defaults, **options}),
         train_dataset=Samples(),
         eval_dataset=torch.utils.data.Subset(Samples(), range(4)),
-        data_collator=anyvlm.AnyVlmDataCollator(processor),
+        data_collator=anyvlm.AnyVlmDataCollator(processor, objectives=of_trainer.get("objectives", {})),
         processing_class=processor,
         callbacks=list(callbacks),
+        **of_trainer,
     )
 
 
