@@ -54,6 +54,7 @@ STAGE: dict[str, Key] = {
     "max_steps": Key("integer", "optimizer steps; or `epochs`", least=1),
     "parts": Key("mapping", "what is trained; all else is frozen", required=True),
     "losses": Key("mapping", "name of a loss: its weight, or its settings"),
+    "loss_mixing": Key("yes or no or mapping", "how much each loss counts is learnt along, beside the weights"),
     "data": Key("mapping", "of this stage; its keys take the place of the recipe's"),
     "max_length": Key("integer", "of this stage", least=2),
     "training_arguments": Key("mapping", "of this stage; its fields take the place of the recipe's"),
@@ -75,6 +76,11 @@ PART: dict[str, Key] = {
 FEATURE_CACHE: dict[str, Key] = {
     "directory": Key("text", "folder of the features; several runs may share it"),
     "max_bytes": Key("integer", "stop keeping when the features take so much", least=1),
+}
+
+LOSS_MIXING: dict[str, Key] = {
+    "names": Key("list", "of the losses that are mixed; else all"),
+    "learning_rate": Key("number", "of what is learnt", above=0),
 }
 
 FORGETTING: dict[str, Key] = {
@@ -118,6 +124,7 @@ class Stage:
     why: str = ""
     packing: Any = False
     feature_cache: Any = False
+    loss_mixing: Any = False
     forgetting: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -19,6 +19,7 @@ from ..feature_cache import FeatureCache
 from ..forgetting import ForgettingCallback
 from ..objectives.base import Objective
 from ..objectives.registry import build_losses
+from ..objectives.weights import UncertaintyMixing
 from ..packing import enable_packing
 from ..trainer import AnyVlmTrainer
 from .arguments import training_arguments
@@ -61,6 +62,7 @@ def run_stage(
         processing_class=processor,
         objectives=objectives,
         loss_weights=weights,
+        loss_mixing=_loss_mixing(stage),
         parameter_groups=trained.parameter_groups(arguments.learning_rate, arguments.weight_decay),
         callbacks=[*trained.callbacks(), *callbacks],
     )
@@ -91,6 +93,13 @@ def run_stage(
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
     return model, result
+
+
+def _loss_mixing(stage: Stage) -> UncertaintyMixing | None:
+    if not stage.loss_mixing:
+        return None
+    settings = dict(stage.loss_mixing) if isinstance(stage.loss_mixing, dict) else {}
+    return UncertaintyMixing(settings.pop("names", None) or list(stage.losses), **settings)
 
 
 def stage_collator(

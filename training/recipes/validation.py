@@ -13,6 +13,7 @@ from .data_checks import check_stage_data
 from .schema import (
     FEATURE_CACHE,
     FORGETTING,
+    LOSS_MIXING,
     PART,
     PART_ALIASES,
     PARTS,
@@ -119,16 +120,24 @@ def _check_stages(values: dict[str, Any], findings: Findings) -> None:
         if isinstance(stage.get("parts"), dict):
             arguments = {**_mapping(values, "training_arguments"), **_mapping(stage, "training_arguments")}
             _check_parts(stage["parts"], (*path, "parts"), findings, "learning_rate" in arguments)
-            _check_feature_cache(stage, (*path, "feature_cache"), findings)
+            _check_feature_cache(values, stage, (*path, "feature_cache"), findings)
         if isinstance(stage.get("losses"), dict):
             _check_losses(stage["losses"], (*path, "losses"), findings)
+        _check_loss_mixing(stage, (*path, "loss_mixing"), findings)
         check_stage_data(values, index, findings)
         _check_evaluation(values, index, findings)
 
 
-def _check_feature_cache(stage: dict[str, Any], path: KeyPath, findings: Findings) -> None:
+def _check_feature_cache(values: dict[str, Any], stage: dict[str, Any], path: KeyPath, findings: Findings) -> None:
     if isinstance(stage.get("feature_cache"), dict):
         check_mapping(stage["feature_cache"], FEATURE_CACHE, path, findings)
+    holders = ((stage, (*path[:-1], "data")), (values, ("data",)))
+    for holder, where in holders:
+        if stage.get("feature_cache") and _mapping(holder, "data").get("augmentation"):
+            message = (
+                "changed pictures are others in each epoch, and their features cannot be kept; leave this out, or"
+            )
+            findings.add((*where, "augmentation"), f"{message} `feature_cache` of the stage.")
     trained = [
         name
         for name, written in stage["parts"].items()
@@ -147,6 +156,17 @@ def _check_losses(losses: dict[str, Any], path: KeyPath, findings: Findings) -> 
             continue
         for problem in check_losses({name: setting}):
             findings.add((*path, name), problem.removeprefix(f"losses.{name}: "))
+
+
+def _check_loss_mixing(stage: dict[str, Any], path: KeyPath, findings: Findings) -> None:
+    settings = stage.get("loss_mixing")
+    losses = list(_mapping(stage, "losses"))
+    if settings and len(losses) < 2:
+        findings.add(path, "there is only one loss, and nothing to mix; write `losses` too.")
+    if isinstance(settings, dict) and check_mapping(settings, LOSS_MIXING, path, findings):
+        for index, name in enumerate(settings.get("names") or []):
+            if name not in losses:
+                findings.add((*path, "names", index), unknown(name, losses, "loss in this stage"))
 
 
 def _check_evaluation(values: dict[str, Any], index: int, findings: Findings) -> None:

@@ -1,9 +1,16 @@
 """Recipes that are wrong: everything is said at once, each with its line, and with what to write instead."""
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 import yaml
 from transformers import TrainingArguments
 
+from anyvlm.training.objectives.registry import OBJECTIVES
+from anyvlm.training.recipes import schema
+from anyvlm.training.recipes.schema import PART_ALIASES
 from anyvlm.training.recipes.validation import load_recipe, validate
 from anyvlm.training.recipes.yaml_file import RecipeError, parse_yaml, read_yaml
 
@@ -119,6 +126,11 @@ ONE_MISTAKE = [
     ("{train: some/data}", "{train: [{path: a/b, shar: 1}]}", ":4:28: data.train[0].shar: ", "share"),
     ("{train: some/data}", "{train: {path: a/b, max_samples: x}}", ":4:27: data.train.max_samples: ", "number"),
     ("max_steps: 5", "max_steps: 5\n    data: {eval: absent.json}", "stages[1].data.eval: ", "no file"),
+    ("epochs: 1", "epochs: 1\n    loss_mixing: true", ":12:5: stages[0].loss_mixing: ", "only one loss"),
+    ("max_steps: 5", "max_steps: 5\n    feature_cache: true", ".feature_cache: ", "vision_tower is trained"),
+    ("epochs: 1", "epochs: 1\n    feature_cache: true\n    data: {augmentation: true}", ".augmentation: ", "features"),
+    ("language_model: 1.0", "matching: {weigth: 1}", ":24:7: stages[1].losses.matching: ", "weight"),
+    ("language_model: 1.0", "contrastive: {weight: 1, schedule: rmp}", ":24:7: stages[1].losses.contr", "ramp"),
     ("seed: 3", "seed: [3", ":4:5: ", "not YAML"),
 ]
 
@@ -166,3 +178,27 @@ def test_no_recipe_at_all_and_no_mapping():
     for text in ("", "- a", "text"):
         with pytest.raises(RecipeError):
             validate(parse_yaml(text, "x"))
+
+
+def test_the_page_on_recipes_has_every_key_and_its_recipes_are_right(tmp_path):
+    """A key that nobody can read of is one that nobody uses; and one that is read of works."""
+    page = (Path(__file__).parents[3] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    keys = {*schema.RECIPE, *schema.STAGE, *schema.PART, *schema.FEATURE_CACHE, *schema.LOSS_MIXING, *PART_ALIASES}
+    assert not [key for key in keys if not re.search(rf"\b{key}\b", page)]
+    for name in OBJECTIVES:
+        assert f"`{name}`" in page
+    blocks = re.findall(r"^```yaml\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    whole = next(block for block in blocks if "stages:" in block)
+    for name in ("train.json", "conversations.json", "text.jsonl", "held_out.json"):
+        (tmp_path / name).write_text("[]", encoding="utf-8")
+    (tmp_path / "pictures").mkdir()
+    for block in blocks:
+        values = {**parse_yaml(whole, "docs").values, "training_arguments": {"use_cpu": True}}
+        part = parse_yaml(block.replace("data/", f"{tmp_path}/"), "docs").values
+        values.update({key: value for key, value in part.items() if key != "losses"})
+        values["output"] = str(tmp_path / "out")
+        if "losses" in part:
+            values["stages"][0]["losses"] = part["losses"]
+        if "data" not in part:
+            values["data"] = {"train": str(tmp_path / "train.json")}
+        assert validate(parse_yaml(json.dumps(values), "docs")).stages
