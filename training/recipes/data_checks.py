@@ -6,7 +6,8 @@ from typing import Any
 
 from ..data import OPENING_KEYS, Source, opening_errors, spec_errors
 from .checks import Findings, unknown
-from .stage_data import SPLITS, source_of
+from .domain_data import DOMAIN_KEYS, domain_errors, is_picture_folder
+from .stage_data import SPLITS, described, source_of
 from .yaml_file import KeyPath
 
 
@@ -15,6 +16,7 @@ _KEYS = (
     *(entry.name for entry in fields(Source) if entry.name != "path"),
     "stopping_strategy",
     *OPENING_KEYS,
+    *DOMAIN_KEYS,
 )
 
 
@@ -43,7 +45,8 @@ def check_stage_data(values: dict[str, Any], index: int, findings: Findings) -> 
         findings.add(holders[0][0], "`train` is missing: a file, a folder, a Hub id, or several.")
     if unknown_keys:
         return
-    for keys, message in opening_errors(data):
+    losses = stage["losses"] if isinstance(stage.get("losses"), dict) else {}
+    for keys, message in [*opening_errors(data), *domain_errors(data, losses)]:
         findings.add((*next(path for path, holder in holders if keys[0] in holder), *keys), f"{message}.")
     for split in SPLITS:
         source = source_of(data, split)
@@ -55,6 +58,12 @@ def check_stage_data(values: dict[str, Any], index: int, findings: Findings) -> 
             written = _as_written(keys, data, split)
             here = next(path for path, holder in holders if not written or written[0] in holder or path == ("data",))
             findings.add((*here, *written), f"{message}.")
+
+    for name, source in (data.get("domains") if isinstance(data.get("domains"), dict) else {}).items():
+        here = next(path for path, holder in holders if "domains" in holder)
+        for keys, message in [] if is_picture_folder(source) else spec_errors(described(source, data)):
+            inside = isinstance(source, dict) and keys and keys[0] in source
+            findings.add((*here, "domains", name, *(keys if inside else ())), f"{message}.")
 
 
 def _as_written(keys: KeyPath, data: dict[str, Any], split: str) -> KeyPath:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import ProcessorMixin
+from transformers import ProcessorMixin, TrainerCallback
 
-from ..data import OPENING_KEYS, augmentation_sheet, open_training_data
+from ..data import OPENING_KEYS, augmentation_sheet, open_pictures, open_training_data
 from ..data.readable import REPORT_NAME
+from ..domains import MixedDomains
+from .domain_data import DOMAIN_KEYS, domain_names, is_picture_folder, picture_rows
 from .schema import Stage
 
 
@@ -19,10 +21,14 @@ SPLITS = ("train", "eval")
 
 def source_of(data: dict[str, Any], split: str) -> Any:
     """What `load_training_data` takes, of a recipe's `data`: the keys beside `train` and `eval` describe both."""
-    source = data.get(split)
+    return described(data.get(split), data)
+
+
+def described(source: Any, data: dict[str, Any]) -> Any:
+    """A source with what `data` says of all of them; `None` stays."""
     if source is None:
         return None
-    shared = {key: value for key, value in data.items() if key not in (*SPLITS, *OPENING_KEYS)}
+    shared = {key: value for key, value in data.items() if key not in (*SPLITS, *OPENING_KEYS, *DOMAIN_KEYS)}
     if isinstance(source, dict):
         return {**shared, **source}
     if isinstance(source, list) and not all(isinstance(entry, str) for entry in source):
@@ -60,7 +66,28 @@ def stage_dataset(
         if pictures:
             sheet = os.path.join(folder, "augmentation.png")
             augmentation_sheet(pictures[:8], opened[0].augmentation, sheet, seed=seed)
-    return opened[0], opened[1]
+    train, held_out = opened
+    if stage.data.get("domains"):
+        targets = {
+            name: open_pictures(picture_rows(source), seed=seed)
+            if is_picture_folder(source)
+            else open_training_data(described(source, stage.data), stage.data, seed=seed)
+            for name, source in stage.data["domains"].items()
+        }
+        if not hasattr(train, "__len__"):
+            raise ValueError(
+                "domains: streamed data cannot be mixed with other kinds of pictures. Leave out `streaming`."
+            )
+        train = MixedDomains(train, targets, source_domain=domain_names(stage.data)[0], seed=seed)
+    return train, held_out
+
+
+def data_callbacks(train_dataset: Any) -> list[TrainerCallback]:
+    """Of data sets that are inside of another; `AnyVlmTrainer` takes those of its own by itself."""
+    if not isinstance(train_dataset, MixedDomains):
+        return []
+    inside = (train_dataset.source, *train_dataset.targets.values())
+    return [callback for dataset in inside for callback in dataset.callbacks()]
 
 
 def first_samples(dataset: Any, number: int = 4) -> list[Any]:

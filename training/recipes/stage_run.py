@@ -23,9 +23,10 @@ from ..objectives.weights import UncertaintyMixing
 from ..packing import enable_packing
 from ..trainer import AnyVlmTrainer
 from .arguments import training_arguments
+from .domain_data import with_domains
 from .run_folder import RunFolder, write_json
 from .schema import Recipe, Stage
-from .stage_data import first_samples, held_out_texts, stage_dataset
+from .stage_data import data_callbacks, first_samples, held_out_texts, stage_dataset
 from .stage_parts import prepare_parts, without_adapters
 from .summary import StageResult, losses_of
 
@@ -49,7 +50,7 @@ def run_stage(
     checkpoint = folder.last_checkpoint(stage)
     train_dataset, eval_dataset = stage_dataset(stage, recipe.seed, processor, folder.stage(stage))
     adapted, trained = prepare_parts(model, stage.parts)
-    objectives, weights = build_losses(stage.losses, adapted)
+    objectives, weights = build_losses(with_domains(stage.losses, stage.data), adapted)
     collator = stage_collator(recipe, stage, adapted, processor, arguments, objectives)
     if stage.packing:
         enable_packing(adapted, collator, first_samples(train_dataset))
@@ -64,7 +65,7 @@ def run_stage(
         loss_weights=weights,
         loss_mixing=_loss_mixing(stage),
         parameter_groups=trained.parameter_groups(arguments.learning_rate, arguments.weight_decay),
-        callbacks=[*trained.callbacks(), *callbacks],
+        callbacks=[*trained.callbacks(), *data_callbacks(train_dataset), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)

@@ -10,6 +10,7 @@ from ..objectives.registry import OBJECTIVES, check_losses
 from .arguments import check_training_arguments, training_arguments
 from .checks import Findings, check_mapping, check_value, unknown
 from .data_checks import check_stage_data
+from .domain_data import with_domains
 from .schema import (
     FEATURE_CACHE,
     FORGETTING,
@@ -122,7 +123,8 @@ def _check_stages(values: dict[str, Any], findings: Findings) -> None:
             _check_parts(stage["parts"], (*path, "parts"), findings, "learning_rate" in arguments)
             _check_feature_cache(values, stage, (*path, "feature_cache"), findings)
         if isinstance(stage.get("losses"), dict):
-            _check_losses(stage["losses"], (*path, "losses"), findings)
+            data = {**_mapping(values, "data"), **_mapping(stage, "data")}
+            _check_losses(with_domains(stage["losses"], data), (*path, "losses"), findings)
         _check_loss_mixing(stage, (*path, "loss_mixing"), findings)
         check_stage_data(values, index, findings)
         _check_evaluation(values, index, findings)

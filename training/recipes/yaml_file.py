@@ -120,7 +120,7 @@ def parse_yaml(text: str, name: str) -> YamlFile:
         mark = error.problem_mark or error.context_mark
         place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
         message = " ".join(part for part in (error.context, error.problem) if part)
-        raise RecipeError([Problem(place, f"this is not YAML: {message}.")]) from error
+        raise RecipeError([Problem(place, f"this is not YAML: {message}. {_hint(message)}")]) from error
     except yaml.YAMLError as error:
         raise RecipeError([Problem(name, f"this is not YAML: {error}.")]) from error
     finally:
@@ -162,6 +162,12 @@ def _value(loader: Any, node: Any, path: KeyPath, found: YamlFile, above: tuple[
 
 def _start(node: Any) -> tuple[int, int]:
     return node.start_mark.line + 1, node.start_mark.column + 1
+
+
+def _hint(message: str) -> str:
+    if "'\\t'" in message:
+        return "Indent with spaces; a tab is none."
+    return "Check the indentation and the brackets here and on the line before; text with : # ? or { in it goes in quotes."
 
 
 def _choices(holder: Any) -> str:

@@ -183,6 +183,19 @@ def test_packing_and_the_feature_cache_change_no_loss(tiny, tmp_path):
     assert list((tmp_path / "fast" / "out" / "stages" / "features").iterdir())
 
 
+def test_pictures_of_another_kind_are_learnt_from_without_answers(tiny, tmp_path):
+    stage = {
+        "name": "a",
+        "max_steps": 2,
+        "parts": {"vision_tower": 1e-3},
+        "losses": {"language_model": 1.0, "domain_adversarial": 0.1},
+    }
+    domains = {"drawing": {"pictures": str(tiny["folder"] / "data"), "question": "w5"}, "other": tiny["data"]}
+    recipe = load_recipe(write_recipe(tmp_path, tiny, [stage], data={"train": tiny["data"], "domains": domains}))
+    (result,) = train_recipe(recipe)
+    assert result.losses["domain_adversarial"]["first"] == pytest.approx(1.0986, abs=0.1), "of three, by chance"
+
+
 def test_data_of_the_last_stage_is_looked_at_before_the_first_runs(tiny, tmp_path):
     bad = tmp_path / "bad.json"
     bad.write_text(json.dumps([{"messages": [{"role": "user", "content": "w1"}]}]), encoding="utf-8")

@@ -131,6 +131,8 @@ ONE_MISTAKE = [
     ("epochs: 1", "epochs: 1\n    feature_cache: true\n    data: {augmentation: true}", ".augmentation: ", "features"),
     ("language_model: 1.0", "matching: {weigth: 1}", ":24:7: stages[1].losses.matching: ", "weight"),
     ("language_model: 1.0", "contrastive: {weight: 1, schedule: rmp}", ":24:7: stages[1].losses.contr", "ramp"),
+    ("{train: some/data}", "{train: some/data, domains: {b: {pictures: none}}}", "domains.b.pictures: ", "no folder"),
+    ("{train: some/data}", "{train: some/data, domains: {b: a/b}}", ":4:26: data.domains: ", "domain_adversarial"),
     ("seed: 3", "seed: [3", ":4:5: ", "not YAML"),
 ]
 
@@ -189,9 +191,10 @@ def test_the_page_on_recipes_has_every_key_and_its_recipes_are_right(tmp_path):
         assert f"`{name}`" in page
     blocks = re.findall(r"^```yaml\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     whole = next(block for block in blocks if "stages:" in block)
-    for name in ("train.json", "conversations.json", "text.jsonl", "held_out.json"):
+    for name in ("train.json", "conversations.json", "text.jsonl", "held_out.json", "photos.json"):
         (tmp_path / name).write_text("[]", encoding="utf-8")
     (tmp_path / "pictures").mkdir()
+    (tmp_path / "drawings").mkdir()
     for block in blocks:
         values = {**parse_yaml(whole, "docs").values, "training_arguments": {"use_cpu": True}}
         part = parse_yaml(block.replace("data/", f"{tmp_path}/"), "docs").values
@@ -199,6 +202,9 @@ def test_the_page_on_recipes_has_every_key_and_its_recipes_are_right(tmp_path):
         values["output"] = str(tmp_path / "out")
         if "losses" in part:
             values["stages"][0]["losses"] = part["losses"]
+        if "domains" in part.get("data", {}):
+            for stage in values["stages"]:
+                stage["losses"] = {"domain_adversarial": 0.1}
         if "data" not in part:
             values["data"] = {"train": str(tmp_path / "train.json")}
         assert validate(parse_yaml(json.dumps(values), "docs")).stages
