@@ -91,7 +91,7 @@ def rates_of(comparison: str, arm: str) -> list[Rates]:
     return list(dict.fromkeys(Rates(one.projector, one.other * (arm != "frozen")) for one in RATES[comparison]))
 
 
-def measure(run: Run, comparison: str, arm: str, seed: int, rates: Rates) -> dict:
+def measure(run: Run, comparison: str, arm: str, seed: int, rates: Rates, choosing: bool = False) -> dict:
     """One training, with the shares of exact answers; what was measured before is read."""
     name = f"{comparison}-{arm}-{seed}-{rates.projector:g}-{rates.other:g}"
     kept = run.output / f"{name}.json"
@@ -100,7 +100,7 @@ def measure(run: Run, comparison: str, arm: str, seed: int, rates: Rates) -> dic
     started, clock = time.monotonic(), time.process_time()
     if comparison == "tower":
         if not is_kept(run, seed):
-            measure(run, "stages", "two", seed, SWAPPED)
+            measure(run, "stages", "two", seed, SWAPPED, choosing)
         model, processor = swapped_model(run, seed)
     else:
         model, processor = new_model(run, seed)
@@ -108,7 +108,7 @@ def measure(run: Run, comparison: str, arm: str, seed: int, rates: Rates) -> dic
     if arm == "two" and rates == SWAPPED:
         keep(run, model, processor, seed)
     result = {
-        "validation": exact_answers(model, processor, samples(run, "validation")),
+        "validation": exact_answers(model, processor, samples(run, "validation")) if choosing else None,
         "exact": exact_answers(model, processor, samples(run, "test")),
         "losses": losses,
         "seconds": time.monotonic() - started,
@@ -124,7 +124,8 @@ def compare(run: Run, comparison: str, seeds: list[int]) -> dict:
     found = {}
     for arm in ARMS[comparison]:
         tried = {
-            rates: measure(run, comparison, arm, seeds[0], rates)["validation"] for rates in rates_of(comparison, arm)
+            rates: measure(run, comparison, arm, seeds[0], rates, choosing=True)["validation"]
+            for rates in rates_of(comparison, arm)
         }
         best = max(tried, key=tried.get)
         found[arm] = {
@@ -176,7 +177,7 @@ def main(
     comparisons: Annotated[list[str], typer.Option(help="stages, tower, or both.")] = ["stages", "tower"],  # noqa: B006
     steps: Annotated[int, typer.Option(help="Steps of each training.")] = 160,
     batch_size: Annotated[int, typer.Option(help="Pictures of each step.")] = 8,
-    test: Annotated[int, typer.Option(help="Held-out pictures that the models are asked about.")] = 1000,
+    test: Annotated[int, typer.Option(help="Held-out pictures that the models are asked about.")] = 500,
     threads: Annotated[int, typer.Option(help="Threads of torch; 0 for its own choice.")] = 0,
     quick: Annotated[bool, typer.Option(help="A few steps and pictures: does it run?")] = False,
 ) -> None:

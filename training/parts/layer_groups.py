@@ -18,7 +18,8 @@ from ...modeling.fused_vision_towers import FusedVisionTowers
 EMBEDDINGS, LAYER, HEAD = "embeddings", "layer", "head"
 
 #: Modules run in the order in which they are registered. Of all language models and towers of transformers these do
-#: not: what gemma3n, gemma4 and cpmant compute from embeddings for every layer, BART's norm of them and glm4v's of patches;
+#: not: what gemma3n, gemma4 and cpmant compute from embeddings for every layer; norms of embeddings (BART, ProphetNet)
+#: and of patches (glm4v);
 _RUN_BEFORE = frozenset(
     (
         "per_layer_model_projection",
@@ -26,6 +27,7 @@ _RUN_BEFORE = frozenset(
         "altup_projections",
         "position_bias",
         "layernorm_embedding",
+        "embeddings_layer_norm",
         "post_conv_layernorm",
     )
 )

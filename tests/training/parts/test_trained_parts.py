@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_parts import compose
+from transformers import Trainer, TrainingArguments
 
 from anyvlm.training.parts.trained_parts import check_parts, train_parts
 
@@ -36,6 +37,94 @@ def test_rates_fall_from_layer_to_layer():
     }
     assert list(by_layer.values()) == [{1.0}, {2.0}, {4.0}, {8.0}]
     assert {rate for name, rate in found.items() if name.startswith("language_model")} == {2.0}
+
+
+def test_norms_and_biases_are_as_trainer_has_them(tmp_path):
+    model, _ = compose()
+    trained_parts = train_parts(model, dict.fromkeys(("vision_tower", "projector", "language_model"), "all"))
+    ours = {
+        id(parameter): group["weight_decay"]
+        for group in trained_parts.parameter_groups(1e-3, 0.1)
+        for parameter in group["params"]
+    }
+    arguments = TrainingArguments(str(tmp_path), weight_decay=0.1, use_cpu=True, report_to=[])
+    optimizer = Trainer(model=model, args=arguments).create_optimizer()
+    theirs = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert ours == theirs and set(ours.values()) == {0.0, 0.1}
+
+
+def test_last_layers_take_along_what_comes_behind_and_first_layers_what_comes_before():
+    model, _ = compose()
+    train_parts(model, {"vision_tower": "last layer", "language_model": "first 1 layers"})
+    prefixes = {name.rpartition(".")[0] if "norm" in name else name for name in trained(model)}
+    tower = {name for name in trained(model) if name.startswith("vision_tower.")}
+    assert tower and all(
+        name.split(".")[1:4:2] in (["encoder", "1"], ["post_layernorm"]) or "post" in name for name in tower
+    )
+    assert any("post_layernorm" in name for name in tower)
+    language = {name for name in trained(model) if name.startswith("language_model.")}
+    assert {name.split(".")[2] for name in language} == {"embed_tokens", "layers"} and prefixes
+    assert {name.split(".")[3] for name in language if ".layers." in name} == {"0"}
+
+
+def test_tied_weights_are_trained_once():
+    model, _ = compose("clip_vision_model", "gemma2")
+    found = rates(model, {"language_model": {"layer_decay": 0.5, "learning_rate": 8.0}})
+    assert found["language_model.model.embed_tokens.weight"] == 1.0
+    assert not any("lm_head" in name for name in found)
+
+
+def test_parameters_and_modules_below_parts_can_be_named():
+    model, _ = compose("dinov2")
+    found = rates(
+        model, {"vision_tower": 1.0, "vision_tower.embeddings": 2.0, "vision_tower.embeddings.cls_token": 4.0}
+    )
+    assert found["vision_tower.embeddings.cls_token"] == 4.0
+    assert found["vision_tower.embeddings.position_embeddings"] == 2.0
+    assert {rate for name, rate in found.items() if "embeddings" not in name} == {1.0}
+
+
+def test_layers_of_a_recipe_must_be_those_it_counts():
+    model, _ = compose("dinov2")
+    named = {"train": "last 1 layers", "layers": ["vision_tower.encoder.layer.0"]}
+    (problem,) = check_parts(model, {"vision_tower": named})
+    assert problem.place == ("vision_tower", "layers") and "vision_tower.encoder.layer.1" in problem.message
+    train_parts(model, {"vision_tower": {"layers": named["layers"]}})
+    assert {name.split(".")[3] for name in trained(model)} == {"0"}
+
+
+def test_fusion_and_newline_are_parts():
+    model, _ = compose(fusion="gated")
+    train_parts(model, {"fusion": 1e-4})
+    assert {name.split(".")[0] for name in trained(model)} == {"fusion"}
+    model, _ = compose(views="tiles")
+    train_parts(model, {"image_newline": 1e-4})
+    assert trained(model) == {"image_newline"}
+
+
+def test_adapters_belong_to_their_part():
+    peft = pytest.importorskip("peft", reason="peft is in the [train] extra")
+    model, _ = compose()
+    config = peft.LoraConfig(
+        target_modules=r".*\.(q_proj|v_proj)", modules_to_save=["multi_modal_projector", "lm_head"], r=4
+    )
+    adapted = peft.get_peft_model(model, config)
+    by_peft = trained(adapted)
+    found = rates(
+        adapted,
+        {
+            "projector": 1.0,
+            "vision_tower": {"train": "lora", "learning_rate": 2.0},
+            "language_model": {"train": "lora"},
+        },
+    )
+    assert found.keys() == by_peft
+    assert {rate for name, rate in found.items() if "vision_tower" in name} == {2.0}
+    train_parts(adapted, {"vision_tower": "lora"})
+    assert trained(adapted) == {name for name in by_peft if "vision_tower" in name}
+    train_parts(adapted, {"language_model": "all"})
+    names = {name for name, _ in adapted.named_parameters() if "language_model" in name}
+    assert trained(adapted) == {name for name in names if "original_module" not in name}
 
 
 def test_all_mistakes_are_told_at_once():
