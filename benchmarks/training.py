@@ -58,7 +58,7 @@ COMPARISONS = {
         side="cache",
         target=0.35,
         sides=("native", "ours", "cache"),
-        sizes=_LARGE,
+        sizes=replace(_LARGE, batch_size=4),
         vocab_size=151_000,
         lengths=(320, 320),
         answer_share=0.25,

@@ -13,9 +13,9 @@ from torch.utils.data import Dataset
 from transformers import ProcessorMixin, TrainerCallback
 
 from ..configuration.image_views import depends_on_pictures
-from .data.samples import opened_in
+from .data.samples import OpenedSamples, OpenedStream, opened_in
 from .feature_filling import fill_shards
-from .feature_keys import facts_hash, picture_key, tower_facts
+from .feature_keys import facts_hash, file_key, picture_key, tower_facts
 from .feature_shards import FeatureShards
 
 
@@ -104,6 +104,11 @@ class FeatureCache:
             found.append(picture)
         return found
 
+    def knows_file(self, picture: Any, in_text: int) -> bool:
+        """Whether a picture in a text with so many is a file, or its bytes, whose features are kept."""
+        key = file_key(picture)
+        return key is not None and self._in_text(key, in_text) in self.shards
+
     def check(self, model: nn.Module) -> None:
         """
         Raises:
@@ -158,8 +163,11 @@ class FeatureCache:
     def key_of(self, picture: Any, in_text: int) -> tuple[str, Any]:
         """The key of a picture in a text with so many, and the picture: decoded, if that was needed to know it."""
         key, picture = picture_key(picture)
+        return self._in_text(key, in_text), picture
+
+    def _in_text(self, key: str, in_text: int) -> str:
         # Some models cut pictures in another way where a text has several.
-        return (f"{key}-{in_text}" if depends_on_pictures(self.processor.image_views) else key), picture
+        return f"{key}-{in_text}" if depends_on_pictures(self.processor.image_views) else key
 
     def describe(self) -> None:
         """Write beside the features what they are made by, for people."""
@@ -197,7 +205,8 @@ def refuse_augmented(dataset: Any) -> None:
 
 
 class FeatureCacheCallback(TrainerCallback):
-    """Checks at the beginning of a training that a feature cache goes with the model, and fills it."""
+    """Checks at the beginning of a training that a feature cache goes with the model, and fills it. A data set that opens
+    files (`open_pictures`) leaves those alone from then on that are known."""
 
     def __init__(self, cache: FeatureCache, dataset: Dataset, batch_size: int = 8, num_workers: int = 0):
         self.cache = cache
@@ -211,3 +220,6 @@ class FeatureCacheCallback(TrainerCallback):
                 f"which features differ a little. Make it with FeatureCache(…, autocast_dtype={expected})."
             )
         self.cache.fill(model=model, progress=state.is_world_process_zero and not args.disable_tqdm, **self.arguments)
+        dataset = self.arguments["dataset"]
+        if isinstance(dataset, (OpenedSamples, OpenedStream)) and dataset.value_range is None:
+            dataset.stays_unopened = self.cache.knows_file

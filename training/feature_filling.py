@@ -18,7 +18,9 @@ from ..processing.pictures import to_rgb_picture
 from ..swapping.picture_paths import PicturePath
 from ..swapping.training_state import training_bar
 from .collator import place_media, single_samples
-from .data.samples import OpenedStream
+from .data.readable import UnreadablePicture, read_picture
+from .data.samples import OpenedSamples, OpenedStream
+from .feature_keys import file_key
 
 
 if TYPE_CHECKING:
@@ -31,9 +33,7 @@ def fill_shards(
     cache: "FeatureCache", dataset: Dataset, model: nn.Module, batch_size: int, num_workers: int, progress: bool
 ) -> int:
     """What `FeatureCache.fill` does; returns how many pictures were computed."""
-    if isinstance(dataset, OpenedStream):
-        dataset = copy.copy(dataset)
-        dataset.repeat = False
+    dataset = _once(dataset)
     total = None if isinstance(dataset, IterableDataset) else len(dataset)
     loader = DataLoader(
         _own_share(dataset),
@@ -179,6 +179,26 @@ class _Estimate:
             f"Features of about {pictures:,} pictures take about {_readable(needed)} in {self.cache.directory}{limit} "
             f"({_readable(free)} free)."
         )
+
+
+def _once(dataset: Dataset) -> Dataset:
+    """One pass over a data set. Files that it opens come as files, under whose keys they are looked for while training."""
+    if isinstance(dataset, (OpenedSamples, OpenedStream)):
+        dataset = copy.copy(dataset)
+        dataset.stays_unopened = _is_sound_file if dataset.value_range is None else None
+    if isinstance(dataset, OpenedStream):
+        dataset.repeat = False
+    return dataset
+
+
+def _is_sound_file(picture: Any, in_text: int) -> bool:
+    if file_key(picture) is None:
+        return False
+    try:
+        read_picture(picture)
+    except UnreadablePicture:
+        return False
+    return True
 
 
 def _readable(number: float) -> str:

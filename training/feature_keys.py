@@ -53,16 +53,21 @@ def picture_key(picture: Any) -> tuple[str, Any]:
     Files and bytes are taken as they are, undecoded; of anything else the pixels count. So the same picture has one key as a
     file and another one as pixels.
     """
-    if isinstance(picture, Mapping):  # `datasets.Image(decode=False)`, as `to_rgb_picture` takes it
-        picture = picture.get("path") if picture.get("bytes") is None else picture["bytes"]
-    is_file = isinstance(picture, os.PathLike) or (isinstance(picture, str) and os.path.isfile(picture))
-    if is_file:
-        with open(picture, "rb") as file:
-            return _hash("file", file.read()), picture
-    if isinstance(picture, (bytes, bytearray)):
-        return _hash("file", picture), picture
+    key = file_key(picture)
+    if key is not None:
+        return key, picture
     decoded: Image.Image = to_rgb_picture(picture)
     return _hash(f"pixels {decoded.width}x{decoded.height}", decoded.tobytes()), decoded
+
+
+def file_key(picture: Any) -> str | None:
+    """The key of a picture that is a file, or its bytes; `None` for any other."""
+    if isinstance(picture, Mapping):  # `datasets.Image(decode=False)`, as `to_rgb_picture` takes it
+        picture = picture.get("path") if picture.get("bytes") is None else picture["bytes"]
+    if isinstance(picture, (str, os.PathLike)) and os.path.isfile(picture):
+        with open(picture, "rb") as file:
+            picture = file.read()
+    return _hash("file", picture) if isinstance(picture, (bytes, bytearray)) else None
 
 
 def _hash(kind: str, content: bytes) -> str:

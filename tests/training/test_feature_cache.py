@@ -319,6 +319,30 @@ def test_files_are_known_undecoded(tmp_path, monkeypatch):
     torch.testing.assert_close(outputs(model, batch), outputs(model, plain))
 
 
+def test_opened_data_leaves_known_files_alone(tmp_path, monkeypatch):
+    """One that cannot be read gives its place to another, with the cache as without."""
+    for index in range(3):
+        picture(index).save(tmp_path / f"{index}.png")
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    rows = [{**sample([0], f"w{index}"), "images": [str(tmp_path / f"{index}.png")]} for index in range(4)]
+
+    def run(with_cache):
+        model, processor = new_model()
+        dataset = open_pictures(rows, max_unreadable=1.0)
+        collator = anyvlm.AnyVlmDataCollator(processor)
+        if with_cache:
+            _, collator = cached(tmp_path, model, processor)
+        return trainer(tmp_path, model, collator, dataset=dataset), dataset
+
+    without, _ = run(with_cache=False)
+    without.train()
+    found, dataset = run(with_cache=True)
+    found.train()
+    assert len(losses(found)) == 2 and np.abs(losses(found) - losses(without)).max() <= 1e-5
+    monkeypatch.setattr("PIL.Image.open", None)
+    assert dataset[1]["images"] == rows[1]["images"] and "pixel_values" not in found.data_collator([dataset[1]])
+
+
 def test_keys_are_of_content(tmp_path):
     image = picture(0)
     image.save(tmp_path / "a.png")

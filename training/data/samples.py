@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -77,6 +77,8 @@ class _Opened:
     ):
         self.rows, self.log, self.seed = rows, log, seed
         self.augmentation, self.few_shot, self.value_range = augmentation, few_shot, value_range
+        #: Given a picture and how many its sample has, whether it may stay unopened: a feature cache sets this.
+        self.stays_unopened: Callable[[Any, int], bool] | None = None
         # Shared, for workers that live longer than an epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -104,10 +106,11 @@ class _Opened:
         sample = dict(row)
         if self.few_shot is not None:
             sample = self.few_shot(sample, key)
-        pictures = []
-        for picture in sample.get("images") or []:
+        pictures, sources = [], sample.get("images") or []
+        for picture in sources:
             self.log.count()
-            pictures.append(read_picture(picture, self.value_range))
+            unopened = self.stays_unopened is not None and self.stays_unopened(picture, len(sources))
+            pictures.append(picture if unopened else read_picture(picture, self.value_range))
         if self.augmentation is not None:
             pictures = [self.augmentation(picture, (*key, number)) for number, picture in enumerate(pictures)]
         return {**sample, "images": pictures}
