@@ -50,7 +50,7 @@ class DomainAdversarialObjective(Objective):
     apart says only a new classifier (`benchmarks/domain_adaptation.py`).
 
     Args:
-        in_features: Width of the tower's features, `model.config.vision_tower_spec["hidden_size"]`.
+        model: What is trained; the width of its tower's features is read.
         domains: What stands in the column, two or more.
         column: Of a sample.
         hidden_features: Width of the classifier's two hidden layers.
@@ -64,7 +64,7 @@ class DomainAdversarialObjective(Objective):
 
     def __init__(
         self,
-        in_features: int,
+        model: nn.Module,
         domains: Sequence[Hashable],
         column: str = "domain",
         hidden_features: int = 256,
@@ -78,6 +78,7 @@ class DomainAdversarialObjective(Objective):
             raise ValueError(f"domains must name two or more different domains, got {self.domains}.")
         self.column = column
         self.strength, self.slope = strength, slope
+        in_features = composed_model(model).config.vision_tower_spec["hidden_size"]
         self.classifier = nn.Sequential(
             nn.Linear(in_features, hidden_features),
             nn.ReLU(),

@@ -29,8 +29,7 @@ def composed(tower="clip_vision_model", **kwargs):
 
 
 def objective_for(model, **kwargs) -> DomainAdversarialObjective:
-    width = model.config.vision_tower_spec["hidden_size"]
-    return DomainAdversarialObjective(width, ["photo", "drawing"], hidden_features=8, **kwargs)
+    return DomainAdversarialObjective(model, ["photo", "drawing"], hidden_features=8, **kwargs)
 
 
 def batch_for(model, processor, objective, samples, progress=0.3) -> ObjectiveBatch:
@@ -118,7 +117,7 @@ def test_the_ramp_is_the_papers():
 def test_bad_input_is_one_clear_error():
     model, processor = composed()
     with pytest.raises(ValueError, match="two or more different domains"):
-        DomainAdversarialObjective(8, ["photo"])
+        DomainAdversarialObjective(model, ["photo"])
     objective = objective_for(model)
     with pytest.raises(ValueError, match="Sample 1 of the batch has None in its column 'domain'"):
         batch_for(model, processor, objective, [sample("photo", 0), sample(None, 1)])
