@@ -8,9 +8,8 @@ import torch
 from torch import nn
 from transformers import ProcessorMixin
 
-from ..collator import place_media
 from .base import Objective, ObjectiveBatch
-from .picture_features import composed_model, pooled_features, view_features, views_of_pictures
+from .picture_features import composed_model, media_of, pooled_features, view_features, views_of_pictures
 
 
 class _Reversal(torch.autograd.Function):
@@ -43,8 +42,8 @@ class DomainAdversarialObjective(Objective):
     """A classifier learns to tell from the tower's pooled features of a picture of which domain it is; the gradient by which
     it learns reaches the tower reversed, so that the tower learns features that do not tell.
 
-    Every sample names its domain in a column. Pictures of the domain for which there are no answers come in samples with a
-    user's turn alone, in the same batches (`training.domains.MixedDomains`).
+    Every sample with a picture names its domain in a column. Pictures of a domain for which there are no answers come in
+    samples with a user's turn alone, in the same batches (`training.domains.MixedDomains`).
 
     Logs `accuracy`, the classifier's on the batch before each step. It is a moving target: whether domains can still be told
     apart says only a new classifier (`benchmarks/domain_adaptation.py`).
@@ -102,18 +101,18 @@ class DomainAdversarialObjective(Objective):
         """`domains`: `(num_pictures + num_videos,)`, int64, the place in `domains` of each picture's.
 
         Raises:
-            ValueError: a sample does not say its domain, or names an unknown one.
+            ValueError: a sample with a picture does not say its domain, or names an unknown one.
         """
         of_pictures = []
         for index, sample in enumerate(samples):
+            number = sum(map(len, media_of(sample).values()))
             domain = sample.get(self.column)
-            if domain not in self.domains:
+            if number and domain not in self.domains:
                 raise ValueError(
                     f"Sample {index} of the batch has {domain!r} in its column {self.column!r}, but the domains are "
-                    f"{', '.join(map(repr, self.domains))}. Every sample needs one of these there."
+                    f"{', '.join(map(repr, self.domains))}. Every sample with a picture needs one of these there."
                 )
-            _, media = place_media(sample)
-            of_pictures += [self.domains.index(domain)] * sum(len(found) for found in media.values())
+            of_pictures += [self.domains.index(domain)] * number if number else []
         return {"domains": torch.tensor(of_pictures)} if of_pictures else {}
 
     def forward(self, batch: ObjectiveBatch) -> torch.Tensor | None:

@@ -20,10 +20,9 @@ from ...configuration.image_views import has_several_views
 from ...modeling.feature_alignment import resample_features
 from ...modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
 from ...modeling.vision_towers import call_vision_tower, read_features
-from ..collator import place_media
 from .base import Objective, ObjectiveBatch
 from .fingerprint import weights_fingerprint
-from .picture_features import composed_model, tower_inputs, view_features, views_of_pictures
+from .picture_features import composed_model, media_of, tower_inputs, view_features, views_of_pictures
 
 
 def _normalised(features: torch.Tensor) -> torch.Tensor:
@@ -162,12 +161,12 @@ class FeatureDistillationObjective(Objective):
             return {}
         pictures = []
         for index, sample in enumerate(samples):
-            _, media = place_media(sample)
-            if media["video"]:
+            media = media_of(sample)
+            if media.get("video"):
                 raise ValueError(
                     f"Sample {index} of the batch has a video, which another tower as a teacher cannot see."
                 )
-            pictures += [load_image(picture) for picture in media["image"]]
+            pictures += [load_image(picture) for picture in media.get("image", ())]
         return dict(self.teacher.image_processor(pictures, return_tensors="pt")) if pictures else {}
 
     def forward(self, batch: ObjectiveBatch) -> torch.Tensor | None:

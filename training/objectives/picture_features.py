@@ -14,6 +14,7 @@ from ...configuration.instructions import INSTRUCTION_KEYS
 from ...modeling.picture_inputs import PROCESSOR_KEYS
 from ...modeling.video_tokens import check_frames
 from ...modeling.view_joining import check_views
+from ..collator import place_media
 
 
 def composed_model(model: nn.Module) -> PreTrainedModel:
@@ -27,6 +28,11 @@ def composed_model(model: nn.Module) -> PreTrainedModel:
         if isinstance(module, PreTrainedModel) and module.config.model_type == AnyVlmConfig.model_type:
             return module
     raise ValueError(f"There is no model made by anyvlm.compose in this {type(model).__name__}.")
+
+
+def media_of(sample: Mapping[str, Any]) -> dict[str, list]:
+    """A sample's pictures and videos, in order, by kind (`image`, `video`); none in one of text alone."""
+    return {} if sample.get("messages") is None else place_media(sample)[1]
 
 
 def tower_inputs(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -124,7 +124,7 @@ def test_bad_input_is_one_clear_error():
     model.vision_tower.requires_grad_(False)
     with pytest.raises(ValueError, match="vision tower is frozen"):
         objective(batch_for(model, processor, objective, MIXED))
-    text_alone = [sample("photo"), sample("drawing")]
+    text_alone = [sample("photo"), sample(None), {"text": "w1 w2"}]
     inputs = anyvlm.AnyVlmDataCollator(processor, objectives={"domain": objective})(text_alone)
     outputs = model(**inputs, output_image_features=True)
     assert objective(ObjectiveBatch(model, inputs, outputs, {}, 0.5)) is None
