@@ -250,6 +250,8 @@ def run(
         {Kind.parts: 2, Kind.adapters: 1} if quick else {Kind.parts: kills - kills // 2, Kind.adapters: kills // 2}
     )
     os.environ["OMP_NUM_THREADS"] = "1"
+    # Of a killed process something is always left, which Python warns of and clears away.
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"
     _PROCESSES.set_forkserver_preload(list(_IMPORTED))
     console = Console()
     rows: list[dict] = []

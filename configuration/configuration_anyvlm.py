@@ -50,6 +50,7 @@ class AnyVlmConfig(PreTrainedConfig):
         image_attention: `"causal"`: image tokens attend as text tokens do. `"bidirectional"`: they also see the rest of
             their picture. `"prefix"`: the whole prompt sees itself, and the answer is causal
             (`modeling/image_attention.py`).
+        bottleneck_adapters: Adapters behind layers (`modeling/bottleneck_adapters.py`), by name of the part.
         composed_from: Where the parts came from, for the model card: `{"vision": {"id": …, "license": …}, …}`.
         code_version: Version of the code that wrote the checkpoint. Another one than that in use is warned about.
     """
@@ -77,6 +78,7 @@ class AnyVlmConfig(PreTrainedConfig):
     image_views: dict | None = None
     video_frames: dict | None = None
     image_attention: str = "causal"
+    bottleneck_adapters: dict | None = None
     composed_from: dict | None = None
     code_version: str | None = None
 

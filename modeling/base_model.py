@@ -13,6 +13,7 @@ from transformers.utils import can_return_tuple
 from ..configuration.configuration_anyvlm import AnyVlmConfig
 from ..configuration.image_views import has_newline
 from ..configuration.part_exchange import load_exchanged
+from .bottleneck_adapters import BottleneckAdapter, attach_bottleneck_adapters
 from .cross_attention import TanhGate
 from .fused_vision_towers import build_vision_part
 from .fusion import FusionMixin, build_fusion, cached_length
@@ -67,6 +68,7 @@ class AnyVlmModel(ImageFeaturesMixin, FusionMixin, PreTrainedModel):
         self.language_model = build_language_model(config.text_config)
         self.fusion = build_fusion(config.fusion, config.image_fusion_config)
         self.attach_fusion()
+        attach_bottleneck_adapters(self, config.bottleneck_adapters)
         self._check_widths()
         self.language_model_interface = LanguageModelInterface(self.language_model, config.language_model_spec)
         self.supports_gradient_checkpointing = (
@@ -87,7 +89,7 @@ class AnyVlmModel(ImageFeaturesMixin, FusionMixin, PreTrainedModel):
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, (nn.Conv2d, nn.LayerNorm, RmsNorm, TanhGate)):
+        elif isinstance(module, (nn.Conv2d, nn.LayerNorm, RmsNorm, TanhGate, BottleneckAdapter)):
             module.reset_parameters()
 
     @torch.no_grad()

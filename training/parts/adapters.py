@@ -9,11 +9,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from .bottleneck import add_bottleneck_adapters
+
 
 logger = logging.get_logger(__name__)
 
 #: What `type` may be: LoRA (Hu et al. 2021) and DoRA (Liu et al. 2024), which learns each output's magnitude by itself.
-ADAPTER_TYPES = ("lora", "dora")
+#: `bottleneck`: a small network behind each layer (Houlsby et al. 2019), which PEFT has not.
+ADAPTER_TYPES = ("lora", "dora", "bottleneck")
 #: New in a composed model, and lost with the adapter unless it is saved with it.
 NEW_PARTS = ("multi_modal_projector", "audio_projector", "fusion")
 #: Settings that may differ from part to part; PEFT has one value of any other for the whole adapter.
@@ -37,6 +40,7 @@ def add_adapters(
         model: A composed model. It is changed in place, as PEFT does.
         parts: Name of a part (`language_model`, `vision_tower`, or a module inside one) -> its settings: `type` (`"lora"`,
             `"dora"`), `r`, `lora_alpha` (default `2 * r`), `target_modules`, and any other field of `peft.LoraConfig`.
+            Or `"bottleneck"`, with `r` and `activation`.
             `target_modules` is `"all-linear"` (the default: every linear layer of the part but the language model's head),
             a list of names or ends of names, or a regular expression; it never reaches beyond its part.
         also_train: Modules trained whole, saved in the adapter (PEFT's `modules_to_save`). Default: the projectors and
@@ -45,22 +49,23 @@ def add_adapters(
         base_model: Folder or Hub id of this model's weights, for `base_model_name_or_path`. Default: where it was loaded.
 
     Returns:
-        A `peft.PeftModelForCausalLM`. `PeftModel.from_pretrained(base, folder)` and `AutoPeftModelForCausalLM` load what
-        its `save_pretrained(folder)` writes.
+        A `peft.PeftModelForCausalLM`: `PeftModel.from_pretrained(base, folder)` and `AutoPeftModelForCausalLM` load what
+        its `save_pretrained(folder)` writes. With `"bottleneck"` the model itself, whose checkpoints are whole.
 
     Raises:
         ImportError: PEFT is not installed.
         ValueError: a part, target or setting that does not exist or cannot be; the message lists those that do.
     """
+    if not parts:
+        raise ValueError('No part is named. Pass parts={"language_model": {"type": "lora", "r": 16}}.')
+    if isinstance(model, PreTrainedModel) and "bottleneck" in _types(parts).values():
+        return _with_bottlenecks(model, parts, also_train, token_indices)
     peft = import_peft()
     if isinstance(model, peft.PeftModel):
         raise ValueError("This model has adapters already. Merge them first: model = model.merge_and_unload().")
-    if not parts:
-        raise ValueError('No part is named. Pass parts={"language_model": {"type": "lora", "r": 16}}.')
     targets = {part: target_modules(model, part, settings.get("target_modules")) for part, settings in parts.items()}
     _refuse_overlap(targets)
-    also_train = tuple(name for name in NEW_PARTS if has_module(model, name)) if also_train is None else also_train
-    saved = [_module_to_save(model, name, targets) for name in also_train]
+    saved = [_module_to_save(model, name, targets) for name in _also_trained(model, also_train)]
     first, *_ = parts
     ranks = {part: int(settings.get("r", 8)) for part, settings in parts.items()}
     alphas = {part: settings.get("lora_alpha", 2 * ranks[part]) for part, settings in parts.items()}
@@ -108,9 +113,7 @@ def target_modules(model: nn.Module, part: str, targets: str | Sequence[str] | N
     Raises:
         ValueError: no such part, or nothing in it is called so.
     """
-    if not has_module(model, part):
-        named = ", ".join(name for name, child in model.named_children() if next(child.parameters(), None) is not None)
-        raise ValueError(f"The model has no part {part!r}. Its parts: {named}.")
+    _check_part(model, part)
     possible = _possible_targets(model, part)
     if targets is None or targets == "all-linear":
         found = possible
@@ -192,6 +195,50 @@ def _module_to_save(model: nn.Module, name: str, targets: Mapping[str, Sequence[
     return name
 
 
+def _types(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    types = {part: settings.get("type", "lora") for part, settings in parts.items()}
+    for part, kind in types.items():
+        if kind not in ADAPTER_TYPES:
+            raise ValueError(
+                f"{part}: there is no adapter of type {kind!r}. Choose one of: {', '.join(ADAPTER_TYPES)}."
+            )
+    return types
+
+
+def _also_trained(model: nn.Module, also_train: Sequence[str] | None) -> tuple[str, ...]:
+    return tuple(name for name in NEW_PARTS if has_module(model, name)) if also_train is None else tuple(also_train)
+
+
+def _with_bottlenecks(
+    model: PreTrainedModel,
+    parts: Mapping[str, Mapping[str, Any]],
+    also_train: Sequence[str] | None,
+    token_indices: Sequence[int],
+) -> PreTrainedModel:
+    types = _types(parts)
+    others = [part for part, kind in types.items() if kind != "bottleneck"]
+    if others:
+        raise ValueError(
+            f"{', '.join(others)}: bottleneck adapters are part of the model, and those of PEFT are not. Take one type for "
+            "all parts."
+        )
+    if token_indices:
+        raise ValueError("token_indices go with LoRA and DoRA. Train the rows before, without adapters.")
+    for part in parts:
+        _check_part(model, part)
+    whole = _also_trained(model, also_train)
+    for name in whole:
+        if name not in dict(model.named_parameters()):  # the checkpoint is whole, so here one may be named too
+            _module_to_save(model, name, {})
+    return add_bottleneck_adapters(model, parts, whole)
+
+
+def _check_part(model: nn.Module, part: str) -> None:
+    if not has_module(model, part):
+        named = ", ".join(name for name, child in model.named_children() if next(child.parameters(), None) is not None)
+        raise ValueError(f"The model has no part {part!r}. Its parts: {named}.")
+
+
 def _token_rows(model: nn.Module, indices: Sequence[int]) -> dict[str, list[int]] | None:
     if not indices:
         return None
@@ -228,12 +275,7 @@ def _common_settings(parts: Mapping[str, Mapping[str, Any]], config_class: type)
             f"Not a setting of an adapter: {', '.join(unknown)}. Known: type, and those of peft.LoraConfig: "
             f"{', '.join(sorted(known))}."
         )
-    types = {part: settings.get("type", "lora") for part, settings in parts.items()}
-    for part, kind in types.items():
-        if kind not in ADAPTER_TYPES:
-            raise ValueError(
-                f"{part}: there is no adapter of type {kind!r}. Choose one of: {', '.join(ADAPTER_TYPES)}."
-            )
+    types = _types(parts)
     common: dict[str, dict[str, Any]] = {"type": types}
     for part, settings in parts.items():
         for key in settings.keys() - set(_PER_PART):
