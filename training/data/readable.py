@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from transformers.image_utils import load_image
 from transformers.utils import logging
 
 from ...processing.pictures import to_rgb_picture
@@ -22,6 +23,8 @@ JUDGE_AFTER = 200
 REPORT_NAME = "unreadable_pictures.jsonl"
 #: Workers of a data loader that can count.
 _WORKERS = 1024
+#: Seconds that a server may take.
+_URL_TIMEOUT = 30.0
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -167,6 +170,9 @@ def _source(picture: Any) -> Any:
     is_name = isinstance(picture, (str, os.PathLike)) and "://" not in str(picture)[:12]
     if is_name and not str(picture).startswith("data:") and not os.path.isfile(picture):
         raise FileNotFoundError("there is no such file")
+    if isinstance(picture, str) and picture.startswith(("http://", "https://")):
+        # A server that never answers must not hold up a training.
+        return load_image(picture, timeout=_URL_TIMEOUT)
     return picture
 
 

@@ -2,7 +2,6 @@
 
 import json
 
-import datasets
 import numpy as np
 import pytest
 import yaml
@@ -14,15 +13,6 @@ import anyvlm
 from anyvlm.training.data import open_training_data, opening_errors
 from anyvlm.training.recipes.run import train_recipe
 from anyvlm.training.recipes.validation import load_recipe
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory):
-    before = datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
-    datasets.disable_progress_bars()
-    yield
-    datasets.config.HF_DATASETS_CACHE = before
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 import io
 import json
+import socket
 import struct
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -21,6 +21,7 @@ from anyvlm.training.data import (
     load_training_data,
     open_pictures,
     read_picture,
+    readable,
 )
 from anyvlm.training.data.samples import opened_in
 from anyvlm.training.domains import MixedDomains
@@ -29,15 +30,6 @@ from anyvlm.training.text_replay import mix_text_replay
 
 
 NUM_SAMPLES = 24
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory):
-    before = datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
-    datasets.disable_progress_bars()
-    yield
-    datasets.config.HF_DATASETS_CACHE = before
 
 
 @pytest.fixture
@@ -108,6 +100,13 @@ class TestReadPicture:
             with pytest.raises(UnreadablePicture):
                 read_picture(broken)
 
+    def test_a_server_that_does_not_answer(self, monkeypatch):
+        monkeypatch.setattr(readable, "_URL_TIMEOUT", 0.2)
+        with socket.create_server(("localhost", 0)) as server:
+            address = f"http://localhost:{server.getsockname()[1]}/x.png"
+            with pytest.raises(UnreadablePicture, match="Timeout"):
+                read_picture(address)
+
 
 class TestSkipping:
     def test_another_sample_takes_the_place(self, rows, tmp_path):
@@ -131,6 +130,12 @@ class TestSkipping:
             index for index in range(NUM_SAMPLES) if index not in (3, 7, 11)
         ]
         assert data.log.num_read == NUM_SAMPLES and data.log.num_unreadable == 3
+
+    def test_workers_without_a_part_of_the_stream(self, rows):
+        data = open_pictures(load_training_data({**rows, "streaming": True}), max_unreadable=0.5)
+        batches = iter(torch.utils.data.DataLoader(data, 4, num_workers=2, collate_fn=list))
+        found = [sample["index"] for _ in range(12) for sample in next(batches)]
+        assert len(found) == 48 and len(set(found)) == NUM_SAMPLES - 3
 
     def test_stream_begins_again_in_another_order(self, rows):
         data = iter(open_pictures(load_training_data({**rows, "streaming": True}), max_unreadable=0.5))

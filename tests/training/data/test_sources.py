@@ -5,63 +5,11 @@ import json
 import datasets
 import pytest
 import torch
+from data_samples import SAMPLES, turn, write
 from model_tester import picture
-from tiny_parts import text_config, tiny_tokenizer, vision_config
 
 import anyvlm
-from anyvlm.training.data import load_training_data, spec_errors
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory):
-    before = datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
-    datasets.disable_progress_bars()
-    yield
-    datasets.config.HF_DATASETS_CACHE = before
-
-
-@pytest.fixture(scope="module")
-def collator():
-    return anyvlm.AnyVlmDataCollator(
-        anyvlm.compose(
-            vision=vision_config("clip_vision_model"), text=text_config("llama"), tokenizer=tiny_tokenizer()
-        )[1]
-    )
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    for index in range(4):
-        picture(index).save(tmp_path / f"{index}.png")
-    return tmp_path
-
-
-def turn(role, content):
-    return {"role": role, "content": content}
-
-
-#: As people write them, pictures as names: one picture, none, two with words between, pictures in the blocks.
-SAMPLES = [
-    {"messages": [turn("user", "<image> w5 ?"), turn("assistant", "w1")], "images": ["0.png"], "id": 7},
-    {"messages": [turn("user", "w6"), turn("assistant", "42")]},
-    {
-        "messages": [turn("system", "w9"), turn("user", "w5 <image> w7 <image>"), turn("assistant", "true")],
-        "images": ["1.png", "2.png"],
-    },
-    {
-        "messages": [
-            turn("user", [{"type": "image", "image": "3.png"}, {"type": "text", "text": "w5"}]),
-            turn("assistant", [{"type": "text", "text": "w2"}]),
-        ],
-    },
-    {"messages": [turn("user", "w5 w6"), turn("assistant", "w1")], "images": ["2.png"]},
-]
-
-
-def write(path, rows, lines=True):
-    path.write_text("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows, indent=1))
-    return str(path)
+from anyvlm.training.data import load_training_data
 
 
 def opened(sample, folder):
@@ -189,6 +137,45 @@ def test_tables_equal_json(pictures, form):
         assert anyvlm.processing.pictures.to_rgb_picture(row["images"][0]).size == picture(0).size
 
 
+@pytest.mark.parametrize("streaming", [False, True], ids=["read", "streamed"])
+def test_as_on_the_hub(pictures, collator, streaming):
+    """Blocks with the keys of all, as Arrow has them, and the pictures' bytes in the table; TRL takes the rows too."""
+    rows = []
+    for index in range(2):
+        image = {"type": "image", "text": None, "index": 0}
+        text = {"type": "text", "text": f"w{index}", "index": None}
+        messages = [turn("user", [image, text, image]), turn("assistant", [text])]
+        rows.append({"messages": messages, "images": [picture(index), picture(index + 1)]})
+    features = datasets.Features(
+        {
+            "messages": datasets.List(
+                {
+                    "role": datasets.Value("string"),
+                    "content": datasets.List(
+                        {
+                            "type": datasets.Value("string"),
+                            "text": datasets.Value("string"),
+                            "index": datasets.Value("int64"),
+                        }
+                    ),
+                }
+            ),
+            "images": datasets.List(datasets.Image()),
+        }
+    )
+    datasets.Dataset.from_list(rows, features=features).to_parquet(str(pictures / "hub.parquet"))
+    data = load_training_data({"path": str(pictures / "hub.parquet"), "streaming": streaming, "shuffle_buffer": 0})
+    for row, written in zip(data, rows, strict=True):
+        assert all(isinstance(image["bytes"], bytes) for image in row["images"])
+        same(collator([row]), collator([written]))
+    trl = pytest.importorskip("trl.data_utils", reason="trl is for tests only")
+    opened = data.cast_column("images", datasets.List(datasets.Image()))
+    for row, written in zip(opened, rows, strict=True):
+        prepared = trl.prepare_multimodal_messages(row["messages"], row["images"])
+        placed = [block["image"] for block in prepared[0]["content"] if block["type"] == "image"]
+        assert [list(image.getdata()) for image in placed] == [list(image.getdata()) for image in written["images"]]
+
+
 class TestFoldersOfPictures:
     def test_classes_as_imagefolder(self, tmp_path):
         for index, name in enumerate(["grey_cat", "dog", "dog", "grey_cat"]):
@@ -238,114 +225,3 @@ class TestFoldersOfPictures:
     def test_nothing_says_what_they_show(self, pictures):
         with pytest.raises(ValueError, match="4 pictures, but nothing says what is in them"):
             load_training_data(str(pictures))
-
-
-class TestBadRows:
-    ROWS = [
-        SAMPLES[0],
-        {"messages": [turn("user", "<image> w5"), turn("assistant", "w1")]},
-        {"messages": [turn("user", "w5"), turn("model", "w1")]},
-        {"messages": [turn("user", "w5")]},
-        {"messages": "w5"},
-        SAMPLES[1],
-    ]
-
-    def test_all_are_counted_and_the_first_shown(self, pictures):
-        path = write(pictures / "rows.jsonl", self.ROWS)
-        with pytest.raises(ValueError) as error:
-            load_training_data(path)
-        text = str(error.value)
-        assert "4 of 6 rows" in text
-        assert "row 2: the messages place 1 pictures, but the row has 0" in text
-        assert "row 3: a message has the role 'model'" in text and "row 4: there is no answer" in text
-
-    def test_left_out_if_asked(self, pictures):
-        path = write(pictures / "rows.jsonl", self.ROWS)
-        for streaming in (False, True):
-            rows = load_training_data({"path": path, "skip_bad_rows": True, "streaming": streaming})
-            assert len(list(rows)) == 2
-
-    def test_streamed_they_stop_the_run(self, pictures):
-        path = write(pictures / "rows.jsonl", self.ROWS)
-        with pytest.raises(Exception, match="row 2: the messages place 1 pictures"):
-            load_training_data({"path": path, "streaming": True})
-
-    def test_missing_pictures(self, pictures):
-        rows = [{**SAMPLES[0], "images": [f"{index}.png"]} for index in (0, 1, 2, 3, 8, 9)]
-        path = write(pictures / "rows.jsonl", rows)
-        for streaming in (False, True):
-            with pytest.raises(ValueError, match="2 of 6 pictures are missing(.|\n)*8.png(.|\n)*image_folder"):
-                load_training_data({"path": path, "streaming": streaming})
-        assert len(load_training_data({"path": path, "max_unreadable": 0.4})) == 6
-
-    def test_not_json(self, pictures):
-        (pictures / "rows.jsonl").write_text('{"messages": []}\n{"messages"')
-        with pytest.raises(ValueError, match="Line 2 of .*rows.jsonl is not JSON"):
-            load_training_data(str(pictures / "rows.jsonl"))
-        (pictures / "rows.json").write_text('[{"messages": []}, {"messages"')
-        with pytest.raises(ValueError, match="element 2 of its list"):
-            load_training_data(str(pictures / "rows.json"))
-
-
-class TestMixtures:
-    @pytest.fixture
-    def two(self, pictures):
-        for name, word, number in (("a", "w1", 40), ("b", "w2", 10)):
-            rows = [
-                {"messages": [turn("user", "w5"), turn("assistant", f"{word} {i}")], name: i} for i in range(number)
-            ]
-            write(pictures / f"{name}.jsonl", rows)
-        return str(pictures / "a.jsonl"), str(pictures / "b.jsonl")
-
-    def test_one_after_the_other(self, two):
-        data = load_training_data(list(two))
-        assert data["source"][:] == ["a.jsonl"] * 40 + ["b.jsonl"] * 10
-        assert data["a"][45] is None and data["b"][45] == 5
-
-    def test_shares_as_interleave_datasets(self, two):
-        mix = {"big": {"path": two[0], "share": 0.75}, "small": {"path": two[1], "share": 0.25}}
-        data = load_training_data({"mix": mix}, seed=3)
-        alone = [load_training_data(path) for path in two]
-        oracle = datasets.interleave_datasets(
-            alone, probabilities=[0.75, 0.25], seed=3, stopping_strategy="all_exhausted"
-        )
-        assert data["messages"][:] == oracle["messages"][:]
-        weighted = load_training_data([{"path": two[0], "weight": 3}, {"path": two[1], "weight": 1}], seed=3)
-        assert weighted["messages"][:] == oracle["messages"][:]
-        assert abs(data["source"][:].count("small") / len(data) - 0.25) < 0.1
-
-    def test_streamed(self, two):
-        settings = {"stopping_strategy": "first_exhausted", "shuffle_buffer": 0}
-        mix = {"mix": [{"path": two[0], "share": 0.5}, {"path": two[1], "share": 0.5}], **settings}
-        read, streamed = (load_training_data({**mix, "streaming": on}) for on in (False, True))
-        assert list(read) == list(streamed)
-
-    def test_columns_of_different_types_are_text(self, pictures, two):
-        path = write(pictures / "c.jsonl", [{**SAMPLES[1], "a": "word"}])
-        data = load_training_data([two[0], path])
-        assert data["a"][39:] == ["39", "word"]
-
-
-def test_what_is_wrong_with_a_specification_is_said_at_once(pictures):
-    path = write(pictures / "rows.jsonl", SAMPLES)
-    spec = {
-        "mix": [
-            {"path": path, "formt": "llava", "share": "0.5"},
-            {"path": "./gone.jsonl", "format": "pictures", "share": 0.5},
-        ],
-        "stopping_strategy": "never",
-    }
-    errors = {".".join(map(str, keys)): text for keys, text in spec_errors(spec)}
-    assert set(errors) == {
-        "mix.0.formt",
-        "mix.0.share",
-        "mix.1.path",
-        "mix.1.format",
-        "stopping_strategy",
-    }
-    with pytest.raises(ValueError) as error:
-        load_training_data(spec)
-    assert all(text in str(error.value) for text in errors.values())
-    assert not spec_errors(path) and not spec_errors("owner/data")
-    assert spec_errors([{"path": path, "share": 0.5}, {"path": path, "share": 0.6}])
-    assert spec_errors(3) and spec_errors({}) and spec_errors([])

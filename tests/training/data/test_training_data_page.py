@@ -4,7 +4,6 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-import datasets
 import pytest
 import yaml
 from model_tester import picture
@@ -23,7 +22,6 @@ def blocks(language):
 
 
 def test_python_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     model, processor = anyvlm.compose(
         vision=vision_config("clip_vision_model"), text=text_config("llama"), tokenizer=tiny_tokenizer()
