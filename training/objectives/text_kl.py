@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import AutoModelForCausalLM, PreTrainedModel, ProcessorMixin
 from transformers.utils import is_peft_available
 
 from ..collator import AnyVlmDataCollator, place_media
@@ -37,9 +38,9 @@ class TextKLObjective(Objective):
 
     Args:
         model: What is trained. Without `original`, its language model is copied as it is now.
-        original: A composed model, or a causal language model with the same tokens, such as the one that the first stage
-            of a training began with.
-        dtype: Of the copy: `torch.bfloat16` takes half the memory. Default: as it is.
+        original: A composed model, or a causal language model with the same tokens, or the path of one: such as what the
+            first stage of a training began with.
+        dtype: Of the copy: `"bfloat16"` takes half the memory. Default: as it is.
         chunk_size: Tokens at which both distributions are in single precision at one time; the backward pass computes them
             again. What remains are the logits of both, in the model's dtype.
 
@@ -51,8 +52,8 @@ class TextKLObjective(Objective):
     def __init__(
         self,
         model: nn.Module,
-        original: PreTrainedModel | None = None,
-        dtype: torch.dtype | None = None,
+        original: PreTrainedModel | str | os.PathLike | None = None,
+        dtype: torch.dtype | str | None = None,
         chunk_size: int = 256,
     ):
         super().__init__()
@@ -71,8 +72,10 @@ class TextKLObjective(Objective):
                     "not the original with the adapters switched off. Pass original=…, or freeze them."
                 )
             return
-        source = model if original is None else original
-        language_model = _language_model(source)
+        if isinstance(original, (str, os.PathLike)):
+            original = AutoModelForCausalLM.from_pretrained(original)
+        language_model = _language_model(model if original is None else original)
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         frozen = copy.deepcopy(language_model).to(dtype=dtype or language_model.dtype)
         self._copy.append(frozen.eval().requires_grad_(False))
 

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 import anyvlm
 from anyvlm.training.objectives.base import ObjectiveBatch
+from anyvlm.training.objectives.registry import build_losses
 from anyvlm.training.objectives.text_kl import TextKLObjective
 
 
@@ -68,6 +69,19 @@ def test_is_torchs_divergence_from_the_model_as_it_was(parts, chunk_size):
     assert model.language_model.get_input_embeddings().weight.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in model.multi_modal_projector.parameters())
     assert divergence(objective, model, processor, SAMPLES[:1]) is None
+
+
+def test_original_of_a_folder_in_another_dtype(tmp_path, parts):
+    """As a recipe names it."""
+    model, processor = parts
+    original = copy.deepcopy(model.language_model)
+    original.save_pretrained(tmp_path)
+    disturb(model)
+    losses = {"text_kl": {"weight": 0.5, "original": str(tmp_path), "dtype": "bfloat16"}}
+    objective = build_losses(losses, model)[0]["text_kl"]
+    assert objective._copy[0].dtype == torch.bfloat16
+    expected = by_hand(original, model.language_model, processor)
+    assert float(divergence(objective, model, processor).detach()) == pytest.approx(expected, rel=0.05)
 
 
 def test_chunks_change_no_gradient(parts):
