@@ -30,7 +30,7 @@ class AnyVlmDataCollator:
     sample: they come into one batch together.
 
     Or it has `text` and no `messages`: plain text, as a language model without a chat template was trained on. All of it is
-    supervised, and its end. Samples of both kinds can be in one batch.
+    supervised, and its end, unless `complete` is `False`. Samples of both kinds can be in one batch.
 
     Args:
         processor: The model's processor.
@@ -151,7 +151,8 @@ def plain_text(sample: Mapping[str, Any], processor: ProcessorMixin) -> str:
         raise ValueError(
             f"This model's texts all have the form {processor.prompt_form}, which plain text has not. Write `messages`."
         )
-    return sample["text"] + (processor.tokenizer.eos_token or "")
+    ends = sample.get("complete") is not False
+    return sample["text"] + (processor.tokenizer.eos_token or "" if ends else "")
 
 
 #: What stands for it in a text -> the keys of a content block that hold it, and what a message calls it.

@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from PIL import Image
 from torch import nn
-from transformers import ProcessorMixin
+from transformers import LogitsProcessorList, ProcessorMixin
 
 from ..processing.pictures import to_rgb_picture
 from .collator import AnyVlmDataCollator, place_media
@@ -84,6 +84,8 @@ class SemiSupervisedObjective(Objective):
         answers: All possible answers, for questions that have a few. The teacher chooses one, and its confidence is the
             probability of that among all. Without them it answers freely, and its confidence is the mean (geometric)
             probability of the tokens.
+        answer_shares: How often each of the answers is right, if that is known: `"equal"`, or a number for each. With few
+            labels this decides whether the model's own answers help at all, see `FixedAnswers`.
         threshold: Least confidence of an answer that is learnt.
         decay: Of the moving average.
         weak: Change of the pictures that the teacher sees. Default: none.
@@ -101,6 +103,7 @@ class SemiSupervisedObjective(Objective):
         model: nn.Module,
         processor: ProcessorMixin,
         answers: Sequence[str] | None = None,
+        answer_shares: str | Mapping[str, float] | None = None,
         threshold: float = 0.95,
         decay: float = 0.999,
         weak: Augmentation | None = None,
@@ -119,7 +122,7 @@ class SemiSupervisedObjective(Objective):
         ends = extract_model_from_parallel(model).generation_config.eos_token_id
         ends = processor.tokenizer.eos_token_id if ends is None else ends
         self.end_tokens = list(ends) if isinstance(ends, (list, tuple)) else [ends]
-        self.answers = FixedAnswers(processor, answers, self.end_tokens) if answers else None
+        self.answers = FixedAnswers(processor, answers, self.end_tokens, answer_shares) if answers else None
         self.teacher = WeightAverage(model, decay)
         self.register_buffer("updated_at", torch.zeros(()))
 
@@ -191,12 +194,12 @@ class SemiSupervisedObjective(Objective):
         was_training = model.training
         model.eval()
         start = prompts["input_ids"].shape[1]
-        restricted = {} if self.answers is None else {"prefix_allowed_tokens_fn": self.answers.allowed(start)}
+        chooser = None if self.answers is None else self.answers.chooser(start)
         try:
             with self.teacher.applied(model):
                 output = model.generate(
                     **prompts,
-                    **restricted,
+                    logits_processor=None if chooser is None else LogitsProcessorList([chooser]),
                     max_new_tokens=self.max_new_tokens if self.answers is None else self.answers.max_new_tokens,
                     do_sample=False,
                     num_beams=1,
@@ -217,6 +220,7 @@ class SemiSupervisedObjective(Objective):
             confidences = (total / counts.sum(1)).exp() * is_end.any(1)
             texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
             return [text.strip() for text in texts], confidences
+        chooser.learn()
         lengths = counts.sum(1).long().tolist()
         rows = [tuple(row[:length]) for row, length in zip(tokens.tolist(), lengths)]
         return [self.answers.answers[row] for row in rows], total.exp()

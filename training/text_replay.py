@@ -38,8 +38,8 @@ def mix_text_replay(dataset: Any, texts: Sequence | Any, share: float = 0.2, see
 
 def cut_texts(
     texts: Sequence[str], processing_class: ProcessorMixin | PreTrainedTokenizerBase, max_length: int
-) -> list[str]:
-    """Texts cut into pieces that a sample has room for.
+) -> list[dict[str, Any]]:
+    """Texts cut into pieces that a sample has room for, as samples; only the last piece of a text has an end.
 
     Args:
         max_length: Most tokens of a piece as a sample, beginning and end of the text included.
@@ -53,7 +53,11 @@ def cut_texts(
     for text in texts:
         offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
         starts = [offsets[i][0] for i in range(0, len(offsets), room)] + [len(text)]
-        pieces += [text[start:end] for start, end in zip(starts, starts[1:]) if text[start:end].strip()]
+        pieces += [
+            {"text": text[start:end], "complete": end == len(text)}
+            for start, end in zip(starts, starts[1:])
+            if text[start:end].strip()
+        ]
     return pieces
 
 

@@ -91,6 +91,36 @@ def test_one_of_the_answers_with_its_probability_among_them(parts):
     assert any(confidence > 0.5 for confidence in confidences)
 
 
+def test_answers_are_aligned_with_their_shares(parts):
+    """Each step's probabilities are divided by their running mean, which begins as what is expected."""
+    model, processor = parts
+    model.eval()
+    shares = {"w1": 1.0, "w1 w2": 1.0, "w3 w4 w5": 2.0, "w6": 4.0}
+    plain = SemiSupervisedObjective(model, processor, ANSWERS)
+    aligned = SemiSupervisedObjective(model, processor, ANSWERS, answer_shares=shares)
+    prompts = aligned.collate([{"unlabelled": UNLABELLED}], {}, processor)["prompts"]
+    first = [objective.answer(model, prompts) for objective in (plain, aligned)]
+    assert first[0][0] == first[1][0] and torch.allclose(first[0][1], first[1][1])
+    expected = [by_hand(model, processor, sample) for sample in UNLABELLED]
+    firsts = torch.tensor([[one["w1"] + one["w1 w2"], one["w3 w4 w5"], one["w6"]] for one in expected])
+    target = torch.tensor([0.25, 0.25, 0.5])
+    means = target
+    for _ in range(60):
+        means = 0.95 * means + 0.05 * firsts.mean(0)
+    for _ in range(59):
+        aligned.answer(model, prompts)
+    answers, confidences = aligned.answer(model, prompts)  # the last one is not among its own means
+    adjusted = firsts * target / means
+    adjusted = adjusted / adjusted.sum(1, keepdim=True)
+    torch.testing.assert_close(aligned.answers.means[0], 0.95 * means + 0.05 * firsts.mean(0), rtol=1e-4, atol=1e-5)
+    for row, (answer, confidence) in enumerate(zip(answers, confidences.tolist())):
+        if answer in ("w3 w4 w5", "w6"):
+            assert confidence == pytest.approx(float(adjusted[row].max()), rel=1e-3)
+    assert answers != first[0][0]
+    with pytest.raises(ValueError, match="a number above 0 for each"):
+        SemiSupervisedObjective(model, processor, ANSWERS, answer_shares={"w1": 1.0})
+
+
 def test_free_answers_are_generates_with_the_mean_of_their_tokens(parts):
     model, processor = parts
     model.eval()

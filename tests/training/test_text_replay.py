@@ -65,8 +65,9 @@ def test_cut_texts_fit_and_lose_nothing():
         vision=vision_config("clip_vision_model"), text=text_config("llama"), tokenizer=tiny_tokenizer()
     )
     pieces = cut_texts([text, "w1"], processor, max_length=16)
-    assert "".join(pieces) == text + "w1"
-    anyvlm.AnyVlmDataCollator(processor, max_length=16)([{"text": piece} for piece in pieces])
+    assert "".join(piece["text"] for piece in pieces) == text + "w1"
+    batch = anyvlm.AnyVlmDataCollator(processor, max_length=16)(pieces)
+    assert int((batch["labels"] == processor.tokenizer.eos_token_id).sum()) == 2  # of two texts
 
 
 def test_shares_that_cannot_be_are_refused():
