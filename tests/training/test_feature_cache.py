@@ -254,6 +254,27 @@ def test_a_whole_run_has_the_losses_of_one_without(tmp_path, options):
     assert losses(without)[-1] < losses(without)[0] - 0.5
 
 
+def test_adapters_around_the_model(tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is in the [train] extra")
+    runs = []
+    for with_cache in (False, True):
+        model, processor = new_model()
+        torch.manual_seed(0)
+        model = peft.get_peft_model(
+            model,
+            peft.LoraConfig(
+                target_modules=r"language_model\..*\.(q_proj|v_proj)", modules_to_save=["multi_modal_projector"], r=4
+            ),
+        )
+        collator = anyvlm.AnyVlmDataCollator(processor)
+        if with_cache:
+            cache, collator = cached(tmp_path, model, processor)
+        runs.append(trainer(tmp_path, model, collator, num_train_epochs=1))
+        runs[-1].train()
+    assert len(cache) == 7
+    assert np.abs(losses(runs[0]) - losses(runs[1])).max() <= 1e-5
+
+
 def test_plain_trainer_resumed_equals_uninterrupted(tmp_path):
     def run(directory, max_steps, seed=0, **kwargs):
         model, processor = new_model(seed=seed)
