@@ -30,7 +30,7 @@ from turns import Turns, losses, release
 #: Losses of a step may differ by as much.
 LOSS_LIMIT = 1e-5
 
-_LARGE = Sizes(hidden_size=512, num_layers=8, num_heads=8, image_size=224, batch_size=2)
+_LARGE = Sizes(hidden_size=512, num_layers=8, num_heads=8, image_size=224, batch_size=4)
 
 COMPARISONS = {
     "vocabulary": Comparison(
@@ -58,7 +58,7 @@ COMPARISONS = {
         side="cache",
         target=0.35,
         sides=("native", "ours", "cache"),
-        sizes=replace(_LARGE, batch_size=4),
+        sizes=_LARGE,
         vocab_size=151_000,
         lengths=(320, 320),
         answer_share=0.25,

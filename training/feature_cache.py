@@ -151,8 +151,12 @@ class FeatureCache:
         refuse_augmented(dataset)
         return fill_shards(self, dataset, model, batch_size, num_workers, progress)
 
-    def callback(self, dataset: Dataset, batch_size: int = 8, num_workers: int = 0) -> TrainerCallback:
-        """Checks at the beginning of a training that the cache goes with the model, and fills it."""
+    def callback(self, dataset: Dataset, batch_size: int = 8, num_workers: int | None = None) -> TrainerCallback:
+        """Checks at the beginning of a training that the cache goes with the model, and fills it.
+
+        Args:
+            num_workers: Default: the training's `dataloader_num_workers`.
+        """
         return FeatureCacheCallback(self, dataset, batch_size, num_workers)
 
     def _facts_of(self, model: nn.Module) -> dict[str, Any]:
@@ -208,9 +212,9 @@ class FeatureCacheCallback(TrainerCallback):
     """Checks at the beginning of a training that a feature cache goes with the model, and fills it. A data set that opens
     files (`open_pictures`) leaves those alone from then on that are known."""
 
-    def __init__(self, cache: FeatureCache, dataset: Dataset, batch_size: int = 8, num_workers: int = 0):
-        self.cache = cache
-        self.arguments = {"dataset": dataset, "batch_size": batch_size, "num_workers": num_workers}
+    def __init__(self, cache: FeatureCache, dataset: Dataset, batch_size: int = 8, num_workers: int | None = None):
+        self.cache, self.dataset = cache, dataset
+        self.batch_size, self.num_workers = batch_size, num_workers
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         expected = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
@@ -219,7 +223,12 @@ class FeatureCacheCallback(TrainerCallback):
                 f"The training autocasts to {expected}, but the feature cache was made for {self.cache.autocast_dtype}, in "
                 f"which features differ a little. Make it with FeatureCache(…, autocast_dtype={expected})."
             )
-        self.cache.fill(model=model, progress=state.is_world_process_zero and not args.disable_tqdm, **self.arguments)
-        dataset = self.arguments["dataset"]
-        if isinstance(dataset, (OpenedSamples, OpenedStream)) and dataset.value_range is None:
-            dataset.stays_unopened = self.cache.knows_file
+        self.cache.fill(
+            self.dataset,
+            model,
+            self.batch_size,
+            args.dataloader_num_workers if self.num_workers is None else self.num_workers,
+            progress=state.is_world_process_zero and not args.disable_tqdm,
+        )
+        if isinstance(self.dataset, (OpenedSamples, OpenedStream)) and self.dataset.value_range is None:
+            self.dataset.stays_unopened = self.cache.knows_file

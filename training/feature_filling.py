@@ -33,7 +33,7 @@ def fill_shards(
     cache: "FeatureCache", dataset: Dataset, model: nn.Module, batch_size: int, num_workers: int, progress: bool
 ) -> int:
     """What `FeatureCache.fill` does; returns how many pictures were computed."""
-    dataset = _once(dataset)
+    dataset = _once(dataset, cache)
     total = None if isinstance(dataset, IterableDataset) else len(dataset)
     loader = DataLoader(
         _own_share(dataset),
@@ -181,24 +181,29 @@ class _Estimate:
         )
 
 
-def _once(dataset: Dataset) -> Dataset:
+def _once(dataset: Dataset, cache: "FeatureCache") -> Dataset:
     """One pass over a data set. Files that it opens come as files, under whose keys they are looked for while training."""
     if isinstance(dataset, (OpenedSamples, OpenedStream)):
         dataset = copy.copy(dataset)
-        dataset.stays_unopened = _is_sound_file if dataset.value_range is None else None
+        dataset.stays_unopened = _KnownOrSound(cache) if dataset.value_range is None else None
     if isinstance(dataset, OpenedStream):
         dataset.repeat = False
     return dataset
 
 
-def _is_sound_file(picture: Any, in_text: int) -> bool:
-    if file_key(picture) is None:
-        return False
-    try:
-        read_picture(picture)
-    except UnreadablePicture:
-        return False
-    return True
+class _KnownOrSound:
+    """Whether a picture is a file that a cache knows, or that can be read."""
+
+    def __init__(self, cache: "FeatureCache"):
+        self.cache = cache
+
+    def __call__(self, picture: Any, in_text: int) -> bool:
+        if file_key(picture) is None:
+            return False
+        try:
+            return self.cache.knows_file(picture, in_text) or read_picture(picture) is not None
+        except UnreadablePicture:
+            return False
 
 
 def _readable(number: float) -> str:
