@@ -28,7 +28,7 @@ class Augmentation:
         crop: Most that is cut off, as a share of width and of height, over both sides.
         rotation: Most degrees, either way; corners take the mean colour of the border.
         brightness, contrast, saturation: Most change, as a share (0.2: factors from 0.8 to 1.2). Hue stays.
-        blur: Most blur, as a share of the shorter side in hundredths (1: a radius of 1 % of it), ...
+        blur: Largest radius of a blur, in percent of the shorter side: small letters stay readable; ...
         blur_probability: ... and how often.
         jpeg_quality: Lowest quality of JPEG's noise; ...
         jpeg_probability: ... and how often.
@@ -44,7 +44,7 @@ class Augmentation:
     brightness: float = 0.2
     contrast: float = 0.2
     saturation: float = 0.2
-    blur: float = 1.0
+    blur: float = 0.5
     blur_probability: float = 0.2
     jpeg_quality: int = 60
     jpeg_probability: float = 0.2
