@@ -27,6 +27,8 @@ from swap_tower import NAMES, QUESTION, as_pictures, fashion_mnist  # noqa: E402
 #: Pictures that rates are chosen with, and that a swap is fitted on.
 VALIDATION, UNLABELLED = 300, 100
 OLD_TOWER, NEW_TOWER, TEXT = "resnet-50", "dinov2-small", "stories-15m"
+#: Pixels of a picture. The new tower was made for 224 and more.
+OLD_SIZE, NEW_SIZE = 64, 28
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def new_model(run: Run, seed: int) -> tuple[nn.Module, ProcessorMixin]:
         vision=str(run.models / OLD_TOWER),
         text=str(run.models / TEXT),
         projector={"type": "avg_pool", "ratio": 2},
-        image_size=64,
+        image_size=OLD_SIZE,
         vision_feature_layer=-2,
         dtype=torch.float32,
         seed=seed,
@@ -101,7 +103,13 @@ def swapped_model(run: Run, seed: int) -> tuple[nn.Module, ProcessorMixin]:
         model, processor = load(run.output / f"trained-{seed}")
         pictures = as_pictures(samples(run, "train").pixels[:UNLABELLED])
         model, processor, _ = anyvlm.swap(
-            model, processor, vision=str(run.models / NEW_TOWER), image_size=56, images=pictures, seconds=0, seed=seed
+            model,
+            processor,
+            vision=str(run.models / NEW_TOWER),
+            image_size=NEW_SIZE,
+            images=pictures,
+            seconds=0,
+            seed=seed,
         )
         processor.save_pretrained(folder)
         model.save_pretrained(folder)

@@ -65,9 +65,15 @@ class PartSettings:
     unfreeze: Any = None
     lora: Any = None
 
-    def words(self) -> str:
-        """What is trained, for people."""
-        words = [self.train]
+    def words(self, num_layers: int) -> str:
+        """What is trained, for people.
+
+        Args:
+            num_layers: How many layers the part has.
+        """
+        words = [f"{self.train} of {num_layers}" if self.which_layers() else self.train]
+        if self.layers is not None and not self.which_layers():
+            words.append(f"of {len(self.layers)} named layers")
         if self.layer_decay is not None:
             words.append(f"decay {self.layer_decay:g} a layer")
         if self.unfreeze is not None:

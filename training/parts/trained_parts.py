@@ -109,10 +109,12 @@ class TrainedParts:
             trained = sum(self._count(group.parameters) for group in part.groups)
             rate = part.settings.learning_rate
             rate = learning_rate if rate is None else rate
-            rates = sorted({f"{rate * scale:.2g}": rate * scale for scale in part.scales}.items(), key=lambda x: x[1])
-            words = part.settings.words() + (f" of {part.layers}" if part.settings.which_layers() else "")
-            shown = "the trainer's" if rate is None else " to ".join(dict.fromkeys((rates[0][0], rates[-1][0])))
-            table.add_row(part.name, words, f"{trained:,} of {trained + part.frozen:,}", shown)
+            ends = [scale if rate is None else rate * scale for scale in (min(part.scales), max(part.scales))]
+            shown = " to ".join(dict.fromkeys(f"{end:.2g}" for end in ends)) + (
+                " × the trainer's" if rate is None else ""
+            )
+            count = f"{trained:,} of {trained + part.frozen:,}"
+            table.add_row(part.name, part.settings.words(part.layers), count, shown)
         return table
 
     def _count(self, names: Sequence[str]) -> int:

@@ -127,6 +127,28 @@ def test_adapters_belong_to_their_part():
     assert trained(adapted) == {name for name in names if "original_module" not in name}
 
 
+def test_table_says_what_is_trained_and_how_fast():
+    model, _ = compose()
+    parts = {
+        "projector": 1e-3,
+        "vision_tower": {"train": "last 1 layers", "learning_rate": 2e-5, "layer_decay": 0.5},
+        "language_model": {"layer_decay": 0.5},
+    }
+    table = train_parts(model, parts).table()
+    rows = list(zip(*(column.cells for column in table.columns)))
+    tower = sum(
+        p.numel() for name, p in model.named_parameters() if name.startswith("vision_tower") and p.requires_grad
+    )
+    whole = sum(p.numel() for p in model.vision_tower.parameters())
+    assert rows[0] == (
+        "vision_tower",
+        "last 1 layers of 2, decay 0.5 a layer",
+        f"{tower:,} of {whole:,}",
+        "1e-05 to 2e-05",
+    )
+    assert [row[3] for row in rows[1:]] == ["0.001", "0.12 to 1 × the trainer's"]
+
+
 def test_all_mistakes_are_told_at_once():
     model, _ = compose()
     problems = check_parts(
