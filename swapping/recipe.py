@@ -259,7 +259,8 @@ def _tower_rate(model: nn.Module, tower: str) -> float:
 def _last_layers(model: nn.Module, tower: str) -> tuple[str, dict]:
     """The last third of the tower's layers, at most four, in words and as a part."""
     rate = _tower_rate(model, tower)
-    layers = [group for group in layer_groups(model.get_submodule(tower)) if group.kind == LAYER]
+    read = model.config.vision_feature_layer if tower == "vision_tower" else None
+    layers = [group for group in layer_groups(model.get_submodule(tower), read) if group.kind == LAYER]
     if len(layers) < 2:
         return "all", _part(rate / 2)
     last = layers[-min(4, max(1, len(layers) // 3)) :]

@@ -5,7 +5,7 @@ last (of a convolutional or hierarchical network its stages), what comes after t
 parameter is in exactly one group.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -15,7 +15,7 @@ from ...modeling.fused_vision_towers import FusedVisionTowers
 
 
 #: What a group is.
-EMBEDDINGS, LAYER, HEAD = "embeddings", "layer", "head"
+EMBEDDINGS, LAYER, HEAD, UNREAD = "embeddings", "layer", "head", "unread"
 
 #: Modules run in the order in which they are registered. Of all language models and towers of transformers these do
 #: not: what gemma3n, gemma4 and cpmant compute from embeddings for every layer; norms of embeddings (BART, ProphetNet)
@@ -40,8 +40,8 @@ class LayerGroup:
     """A step of the partition.
 
     Args:
-        name: The layer's own name in the part, such as `encoder.layer.3`; `embeddings` and `head` for the ends.
-        kind: `embeddings`, `layer` or `head`.
+        name: The layer's own name in the part, such as `encoder.layer.3`; its kind for the others.
+        kind: `embeddings`, `layer`, `head`, or `unread`: what runs behind the layer whose features are read.
         parameters: Names as in `part.named_parameters()`; those of tied weights once, at the first of their places. May be
             empty at the ends.
         modules: Names of the modules that make up a layer; more than one where several towers or lists go side by side.
@@ -53,17 +53,23 @@ class LayerGroup:
     modules: tuple[str, ...] = ()
 
 
-def layer_groups(part: nn.Module) -> list[LayerGroup]:
-    """The partition of a part: `embeddings`, a group for each of its layers, `head`.
+def layer_groups(part: nn.Module, feature_layer: int | Sequence[int] | None = None) -> list[LayerGroup]:
+    """The partition of a part: `embeddings`, a group for each of its layers, `head`; or `unread` instead of `head`.
 
     Layers are those of the outermost list of modules with most parameters, embeddings not counted, and of any other list of
     the same kind of layers: layers of a transformer, stages of a convolutional network. A part
     without layers is one group of kind `layer`, named `""`. Several towers in one are put together from the top: the last
     layers of all are one group, and so on down; what comes before the layers of any is in `embeddings`.
+
+    Args:
+        feature_layer: Of a tower, the index into its hidden states that is read (`vision_feature_layer`), or several. What
+            runs behind the last of them gets no gradient, so it is no layer to be counted: it is in `unread`.
     """
     if isinstance(part, FusedVisionTowers):
-        towers = [(f"towers.{index}.", layer_groups(tower)) for index, tower in enumerate(part.towers)]
-        return _side_by_side(towers)
+        read = part.config.vision_feature_layers
+        return _side_by_side(
+            [(f"towers.{index}.", layer_groups(tower, read[index])) for index, tower in enumerate(part.towers)]
+        )
     layers = _layers(part)
     names = [name for name, _ in part.named_parameters()]
     if not layers:
@@ -84,7 +90,7 @@ def layer_groups(part: nn.Module) -> list[LayerGroup]:
             is_before = is_before or id(parameter) in embeddings or modules & _RUN_BEFORE
             layer = -1 if is_before and not modules & _RUN_BEHIND else len(layers)
         found[layer].append(name)
-    return [
+    groups = [
         LayerGroup(EMBEDDINGS, EMBEDDINGS, tuple(found[-1])),
         *(
             LayerGroup(prefixes[0], LAYER, tuple(found[index]), tuple(prefixes))
@@ -92,6 +98,16 @@ def layer_groups(part: nn.Module) -> list[LayerGroup]:
         ),
         LayerGroup(HEAD, HEAD, tuple(found[len(layers)])),
     ]
+    return groups if feature_layer is None else _until(groups, feature_layer)
+
+
+def _until(groups: list[LayerGroup], feature_layer: int | Sequence[int]) -> list[LayerGroup]:
+    """Hidden states are what goes into the first layer, and what comes out of each."""
+    last = len(groups) - 2
+    indices = [feature_layer] if isinstance(feature_layer, int) else feature_layer
+    read = max(index if index >= 0 else last + 1 + index for index in indices)
+    behind = tuple(name for group in groups[read + 1 :] for name in group.parameters)
+    return [*groups[: read + 1], LayerGroup(UNREAD, UNREAD, behind)]
 
 
 def _layers(part: nn.Module) -> list[list[str]]:
@@ -137,7 +153,7 @@ def _side_by_side(towers: list[tuple[str, list[LayerGroup]]]) -> list[LayerGroup
         layers = [group for group in groups if group.kind == LAYER]
         for group in groups:
             # Layers count from the top.
-            place = {EMBEDDINGS: 0, HEAD: highest}.get(group.kind)
+            place = {EMBEDDINGS: 0, HEAD: highest, UNREAD: highest + 1}.get(group.kind)
             place = highest - len(layers) + layers.index(group) if place is None else place
             modules = tuple(f"{prefix}{name}".rstrip(".") for name in group.modules or (group.name,))
             parameters = tuple(f"{prefix}{name}" for name in group.parameters)

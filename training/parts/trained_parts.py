@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from .gradual_unfreezing import GradualUnfreezing, unfreezing_order
-from .layer_groups import EMBEDDINGS, HEAD, LAYER, LayerGroup, layer_groups
+from .layer_groups import EMBEDDINGS, HEAD, LAYER, UNREAD, LayerGroup, layer_groups
 from .part_settings import ADAPTERS, ALIASES, PartProblem, PartsError, PartSettings, read_settings
 from .parts_of_model import ModelParts
 
@@ -207,7 +207,7 @@ def _part(
     inside: ModelParts, name: str, settings: PartSettings, own: list[str]
 ) -> tuple[TrainedPart | None, tuple[tuple[str, ...], str] | None]:
     """A part with its groups; or where and why it cannot be so."""
-    groups = _groups(inside, name)
+    groups = [group for group in _groups(inside, name) if group.kind != UNREAD]
     chosen, message = _chosen(inside, name, settings, groups)
     if message:
         return None, message
@@ -277,7 +277,8 @@ def _groups(inside: ModelParts, name: str) -> list[LayerGroup]:
     if module is None:
         return [LayerGroup("", LAYER, tuple(inside.of(name)))]
     prefix = f"{inside.prefix}{name}."
+    read = inside.inner.config.vision_feature_layer if name == "vision_tower" else None
     return [
         LayerGroup(g.name, g.kind, tuple(f"{prefix}{parameter}" for parameter in g.parameters), g.modules)
-        for g in layer_groups(module)
+        for g in layer_groups(module, read)
     ]

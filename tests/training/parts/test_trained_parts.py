@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tiny_parts import compose
+from model_tester import picture
+from tiny_parts import compose, vision_config
 from transformers import Trainer, TrainingArguments
 
 from anyvlm.training.parts.trained_parts import check_parts, train_parts
@@ -65,6 +66,35 @@ def test_last_layers_take_along_what_comes_behind_and_first_layers_what_comes_be
     language = {name for name in trained(model) if name.startswith("language_model.")}
     assert {name.split(".")[2] for name in language} == {"embed_tokens", "layers"} and prefixes
     assert {name.split(".")[3] for name in language if ".layers." in name} == {"0"}
+
+
+@pytest.mark.parametrize(
+    "vision, layer",
+    [
+        ("clip_vision_model", None),
+        ("clip_vision_model", -2),
+        ("clip_vision_model", 1),
+        ("resnet", -2),
+        (("clip_vision_model", "dinov2"), -2),
+    ],
+)
+def test_only_what_is_read_of_a_tower_is_trained(vision, layer):
+    """Features may be read before the last layer; what is behind gets no gradient, so it must not be counted."""
+    several = isinstance(vision, tuple)
+    part = tuple(vision_config(one) for one in vision) if several else vision
+    model, processor = compose(part, vision_feature_layer=(layer, None) if several else layer)
+    inputs = processor(text=["w1 <image> w2"], images=[picture(0)], return_tensors="pt")
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    reached = {name for name, p in model.vision_tower.named_parameters() if p.grad is not None}
+    train_parts(model, {"vision_tower": "last 1 layers"})
+    last = {name.removeprefix("vision_tower.") for name in trained(model)}
+    assert {name for name in last if "layer" in name and "norm" not in name} <= reached
+    assert any("encoder" in name for name in last & reached)
+    train_parts(model, {"vision_tower": "all"})
+    named = {name.removeprefix("vision_tower.") for name in trained(model)}
+    assert reached <= named
+    if layer is not None and not several:
+        assert {name for name in named if "mask_token" not in name} == reached
 
 
 def test_tied_weights_are_trained_once():
