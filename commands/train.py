@@ -93,6 +93,8 @@ def _train(path: Path, overrides: list[str], check: bool, restart: bool) -> None
             console.print(table)
         console.print(f"{path} is right.", highlight=False)
         return
+    if not progress.is_terminal:
+        _no_bars_of_datasets()
     results = train_recipe(
         recipe,
         restart=restart,
@@ -103,6 +105,16 @@ def _train(path: Path, overrides: list[str], check: bool, restart: bool) -> None
     console.print(table_of(results))
     if _is_main():
         typer.echo(f"Saved to {recipe.output}, with summary.md")
+
+
+def _no_bars_of_datasets() -> None:
+    """In a file they are noise."""
+    import importlib.util
+
+    if importlib.util.find_spec("datasets"):
+        import datasets
+
+        datasets.disable_progress_bars()
 
 
 def _is_main() -> bool:

@@ -7,6 +7,7 @@ import types
 import typing
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from .checks import Findings, unknown
@@ -89,15 +90,15 @@ def training_arguments(values: dict[str, Any], output_dir: str, seed: int, **len
     Raises:
         ValueError: transformers refuses them, or the machine has no bfloat16.
     """
-    values = {**DEFAULTS, "report_to": report_to(), **values}
+    # Where there is nothing to pin memory for, torch says so on every evaluation.
+    has_accelerator = torch.accelerator.is_available() and not values.get("use_cpu")
+    values = {**DEFAULTS, "report_to": report_to(), "dataloader_pin_memory": has_accelerator, **values}
     _check_precision(values)
     return TrainingArguments(output_dir=output_dir, seed=seed, remove_unused_columns=False, **length, **values)
 
 
 def _check_precision(values: dict[str, Any]) -> None:
     """Say what to write where transformers says only that the setup does not support it."""
-    import torch
-
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if values.get("use_cpu") or (accelerator is not None and accelerator.type not in ("cuda", "mps")):
         return

@@ -31,6 +31,8 @@ class Findings:
 
     def __init__(self, file: YamlFile):
         self.file = file
+        #: Keys that were surely meant by misspelt ones, and so are not missing.
+        self.meant: set[KeyPath] = set()
         self._found: list[tuple[tuple[int, int], Problem]] = [((0, 0), problem) for problem in file.problems]
 
     def add(self, path: KeyPath, message: str) -> None:
@@ -57,10 +59,11 @@ def check_mapping(values: Any, keys: Mapping[str, Key], path: KeyPath, findings:
     for key, value in values.items():
         if key not in keys:
             findings.add((*path, key), unknown(key, keys, "key"))
+            findings.meant.update((*path, near) for near in nearest(key, keys))
         elif value is not None or keys[key].required:
             check_value(value, keys[key], (*path, key), findings)
     for key, rule in keys.items():
-        if rule.required and key not in values:
+        if rule.required and key not in values and (*path, key) not in findings.meant:
             findings.add(path, f"`{key}` is missing: {rule.about}.")
     return True
 
@@ -83,10 +86,15 @@ def check_value(value: Any, rule: Key, path: KeyPath, findings: Findings) -> Non
         findings.add(path, f"{value} must be at most {rule.most:g} ({rule.about}).")
 
 
+def nearest(name: Any, known: Iterable[str]) -> list[str]:
+    """The name that was probably meant, if any is near."""
+    return difflib.get_close_matches(str(name), list(known), n=1)
+
+
 def unknown(name: Any, known: Iterable[str], what: str) -> str:
     """`"no such key. Did you mean …?"`, or what there is."""
     known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=1)
+    near = nearest(name, known)
     if near:
         return f"there is no such {what}; did you mean `{near[0]}`?"
     if len(known) > 20:

@@ -62,7 +62,8 @@ def plan(recipe: Recipe) -> Plan:
         else:
             arguments = training_arguments(stage.training_arguments, recipe.output, recipe.seed)
             table = trained.table(arguments.learning_rate)
-            length = f"{stage.max_steps} steps" if stage.max_steps else f"{stage.epochs:g} epochs"
+            number, unit = (stage.max_steps, "step") if stage.max_steps else (f"{stage.epochs:g}", "epoch")
+            length = f"{number} {unit}{'' if float(number) == 1 else 's'}"
             table.title = f"{stage.folder}, {length}"
             table.caption = stage.why or None
             made.tables.append(table)

@@ -82,7 +82,7 @@ def validate(file: YamlFile) -> Recipe:
 
 def _check_model(values: dict[str, Any], findings: Findings) -> None:
     given = [key for key in ("model", "compose") if values.get(key)]
-    if len(given) != 1:
+    if len(given) != 1 and not {("model",), ("compose",)} & findings.meant:
         message = "is missing" if not given else "and `compose` exclude each other"
         findings.add(
             ("model",) if given else (), f"`model` {message}: give a checkpoint, or what to compose one from."
@@ -115,7 +115,7 @@ def _check_stages(values: dict[str, Any], findings: Findings) -> None:
             if isinstance(stage.get(key), dict):
                 check(stage[key], (*path, key), findings)
         lengths = [key for key in ("epochs", "max_steps") if stage.get(key) is not None]
-        if len(lengths) != 1:
+        if len(lengths) != 1 and not {(*path, "epochs"), (*path, "max_steps")} & findings.meant:
             message = "exclude each other; keep one" if lengths else "are both missing; write one"
             findings.add(path, f"`epochs` and `max_steps` {message}.")
         if isinstance(stage.get("parts"), dict):

@@ -152,6 +152,12 @@ def test_all_mistakes_are_said_at_once_in_the_order_of_the_file(recipe_file):
     assert [problem.split(":")[1] for problem in found] == ["3", "11", "21"]
 
 
+def test_a_misspelt_key_is_not_missing_too(recipe_file):
+    text = RIGHT.replace("output", "outptu").replace("model: a", "modl: a").replace("epochs", "epoch")
+    found = problems(recipe_file(text))
+    assert len(found) == 3 and all("did you mean" in problem for problem in found)
+
+
 def test_values_from_the_command_line(recipe_file):
     recipe = load_recipe(recipe_file(), ["stages.0.epochs=2", "training_arguments.bf16=false", "seed=7"])
     assert recipe.stages[0].epochs == 2 and recipe.seed == 7 and recipe.stages[1].training_arguments["bf16"] is False
