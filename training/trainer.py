@@ -59,7 +59,7 @@ class AnyVlmTrainer(SafeCheckpointsMixin, Trainer):
         self._metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
         #: All that is trained beside the model, under the names that a checkpoint has.
         self.heads = nn.ModuleDict({**self.objectives, LOSS_MIXING: self.loss_mixing})
-        for dataset in opened_in(self.train_dataset):
+        for dataset in dict.fromkeys(opened_in(self.train_dataset)):
             for callback in dataset.callbacks():
                 self.add_callback(callback)
         if any(True for _ in self.heads.parameters()):

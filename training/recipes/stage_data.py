@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import ProcessorMixin, TrainerCallback
+from transformers import ProcessorMixin
 
 from ..data import OPENING_KEYS, augmentation_sheet, open_pictures, open_training_data
 from ..data.readable import REPORT_NAME
@@ -80,14 +80,6 @@ def stage_dataset(
             )
         train = MixedDomains(train, targets, source_domain=domain_names(stage.data)[0], seed=seed)
     return train, held_out
-
-
-def data_callbacks(train_dataset: Any) -> list[TrainerCallback]:
-    """Of data sets that are inside of another; `AnyVlmTrainer` takes those of its own by itself."""
-    if not isinstance(train_dataset, MixedDomains):
-        return []
-    inside = (train_dataset.source, *train_dataset.targets.values())
-    return [callback for dataset in inside for callback in dataset.callbacks()]
 
 
 def first_samples(dataset: Any, number: int = 4) -> list[Any]:

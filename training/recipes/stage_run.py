@@ -26,7 +26,7 @@ from .arguments import training_arguments
 from .domain_data import with_domains
 from .run_folder import RunFolder, write_json
 from .schema import Recipe, Stage
-from .stage_data import data_callbacks, first_samples, held_out_texts, stage_dataset
+from .stage_data import first_samples, held_out_texts, stage_dataset
 from .stage_parts import prepare_parts, without_adapters
 from .summary import StageResult, losses_of
 
@@ -65,7 +65,7 @@ def run_stage(
         loss_weights=weights,
         loss_mixing=_loss_mixing(stage),
         parameter_groups=trained.parameter_groups(arguments.learning_rate, arguments.weight_decay),
-        callbacks=[*trained.callbacks(), *data_callbacks(train_dataset), *callbacks],
+        callbacks=[*trained.callbacks(), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
