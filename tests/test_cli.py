@@ -56,7 +56,7 @@ def picture(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("command", ["compose", "swap", "train", "convert", "generate", "demo", "check"])
+@pytest.mark.parametrize("command", ["compose", "swap", "train", "merge", "convert", "generate", "demo", "check"])
 def test_every_command_has_help_with_an_example(capsys, command):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0

@@ -117,6 +117,7 @@ class SafeCheckpointsMixin:
         is_main = self.args.should_save
         if is_main:
             shutil.rmtree(aside, ignore_errors=True)
+            os.makedirs(partial)
         self.accelerator.wait_for_everyone()
         best = os.path.join(run_folder, f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
         if self.state.best_global_step and os.path.isdir(best):
