@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+import uuid
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -94,7 +95,8 @@ class UnreadableLog:
     ):
         self.max_unreadable, self.judge_after = max_unreadable, judge_after
         if report is None:
-            report = os.path.join(tempfile.mkdtemp(prefix="anyvlm-"), REPORT_NAME)
+            # Made when there is something to write.
+            report = os.path.join(tempfile.gettempdir(), f"anyvlm-{uuid.uuid4().hex}", REPORT_NAME)
         self.report = os.path.abspath(report)
         # Each worker has its own row, which the main process sees: nothing is locked.
         self._counts = torch.zeros(_WORKERS + 1, 2, dtype=torch.int64).share_memory_()
