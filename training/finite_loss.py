@@ -1,6 +1,7 @@
 """Stop at the first loss or gradient that is not finite, before it reaches the weights, and say where it began."""
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -91,7 +92,7 @@ class FiniteLossGuard(TrainerCallback):
                 continue
             # With no limit this changes nothing, and gives the norm.
             norm = self.trainer.accelerator.clip_grad_norm_(module.parameters(), float("inf"))
-            if norm is not None and not bool(torch.isfinite(torch.as_tensor(norm))):
+            if norm is not None and not math.isfinite(float(norm)):  # a tensor, of whatever kind, or a number
                 self._stop("the loss is finite, but its gradient is not", {})
 
     def _stop(self, what: str, found: dict[str, Any]) -> None:
