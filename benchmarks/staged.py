@@ -8,10 +8,10 @@ A model of ResNet-50 and stories-15m learns to name pictures of Fashion-MNIST:
 - in a single stage: both at once, from a new projector.
 
 Then DINOv2-S takes the tower's place in the model of two stages (`anyvlm.swap`, fitted in closed form on 100 of the
-training pictures), and what is learned next is
+training pictures), which it sees in 28 pixels, a size that it was not made for; and what is learned next is
 
 - the projector alone, the tower frozen;
-- the same, and in stages the tower's last 4 layers and then all of them, lower ones slower.
+- the same, and in stages the tower's last 4 layers (of those that are read) and then all of them, lower ones slower.
 
 Both sides of a comparison have the same start, the same pictures in the same number of steps, and the same rates to
 choose from: all are tried for each with the first seed, on pictures held out for that; the best of each is then run over
@@ -26,7 +26,7 @@ in `--data`. What is done is kept in `--output`, so a run that was stopped goes 
 import json
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -59,7 +59,7 @@ class Rates:
 
 RATES = {
     "stages": (Rates(1e-3, 1e-4), Rates(1e-3, 5e-4), Rates(2e-3, 5e-4)),
-    "tower": (Rates(3e-4, 1e-4), Rates(1e-3, 1e-4), Rates(1e-3, 3e-4)),
+    "tower": (Rates(3e-4, 5e-5), Rates(1e-3, 2e-5), Rates(1e-3, 5e-5)),
 }
 #: Of the model whose tower is swapped.
 SWAPPED = RATES["stages"][-1]
@@ -102,6 +102,7 @@ def measure(run: Run, comparison: str, arm: str, seed: int, rates: Rates, choosi
         if not is_kept(run, seed):
             measure(run, "stages", "two", seed, SWAPPED, choosing)
         model, processor = swapped_model(run, seed)
+        run = replace(run, steps=run.tower_steps)
     else:
         model, processor = new_model(run, seed)
     losses = train(run, model, processor, stages_of(arm, rates, run.steps), seed)
@@ -164,7 +165,7 @@ def markdown(results: dict, seeds: list[int], run: dict) -> str:
             lines += ["", f"Rates tried, {title}: {tried}."]
     head = (
         f"Exact answers in % about {run['test']:,} held-out pictures of Fashion-MNIST; {run['steps']} steps of "
-        f"{run['batch_size']} pictures each."
+        f"{run['batch_size']} pictures each from a new projector, {run['tower_steps']} after the swap."
     )
     return "\n".join([head, *lines]) + "\n"
 
@@ -175,7 +176,8 @@ def main(
     data: Annotated[Path | None, typer.Option(help="Folder with the files of Fashion-MNIST.")] = None,
     seeds: Annotated[list[int], typer.Option(help="Seeds; give it once for each.")] = [0, 1, 2],  # noqa: B006
     comparisons: Annotated[list[str], typer.Option(help="stages, tower, or both.")] = ["stages", "tower"],  # noqa: B006
-    steps: Annotated[int, typer.Option(help="Steps of each training.")] = 160,
+    steps: Annotated[int, typer.Option(help="Steps of each training with the first tower.")] = 160,
+    tower_steps: Annotated[int, typer.Option(help="Steps of each training after the swap.")] = 480,
     batch_size: Annotated[int, typer.Option(help="Pictures of each step.")] = 8,
     test: Annotated[int, typer.Option(help="Held-out pictures that the models are asked about.")] = 500,
     threads: Annotated[int, typer.Option(help="Threads of torch; 0 for its own choice.")] = 0,
@@ -190,13 +192,19 @@ def main(
     if unknown:
         raise typer.BadParameter(f"{', '.join(unknown)}: there are {' and '.join(ARMS)}.")
     if quick:
-        steps, batch_size, test = 3, 2, 4
+        steps, tower_steps, batch_size, test = 3, 3, 2, 4
     output.mkdir(parents=True, exist_ok=True)
-    run = Run(models, output, data, steps, batch_size, test)
+    run = Run(models, output, data, steps, tower_steps, batch_size, test)
     started = time.monotonic()
     results = {comparison: compare(run, comparison, seeds) for comparison in comparisons}
     record = {
-        "run": {"steps": steps, "batch_size": batch_size, "test": test, "threads": torch.get_num_threads()},
+        "run": {
+            "steps": steps,
+            "tower_steps": tower_steps,
+            "batch_size": batch_size,
+            "test": test,
+            "threads": torch.get_num_threads(),
+        },
         "seeds": seeds,
         "seconds": time.monotonic() - started,
         "results": results,

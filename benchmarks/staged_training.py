@@ -39,6 +39,7 @@ class Run:
     output: Path
     data: Path | None
     steps: int
+    tower_steps: int
     batch_size: int
     test: int
 

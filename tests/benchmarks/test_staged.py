@@ -15,7 +15,7 @@ from anyvlm.modeling.vision_towers import build_vision_tower
 def tiny_models(folder):
     for name, model_type, size in (("resnet-50", "resnet", 64), ("dinov2-small", "dinov2", 32)):
         config = vision_config(model_type)
-        config.num_hidden_layers = 4
+        config.num_hidden_layers = 12
         build_vision_tower(config).save_pretrained(folder / name)
         ViTImageProcessorPil(size={"height": size, "width": size}).save_pretrained(folder / name)
     build_language_model(text_config("llama")).save_pretrained(folder / "stories-15m")
@@ -51,6 +51,6 @@ def test_both_sides_have_as_many_steps():
 def test_table():
     arms = {arm: {"tried": [], "rates": {"projector": 1e-3, "other": 1e-4}} for arm in ("single", "two")}
     arms["single"]["exact"], arms["two"]["exact"] = [0.1, 0.2], [0.5, 0.4]
-    text = staged.markdown({"stages": arms}, [0, 1], {"test": 500, "steps": 160, "batch_size": 8})
+    text = staged.markdown({"stages": arms}, [0, 1], {"test": 500, "steps": 160, "tower_steps": 480, "batch_size": 8})
     assert "| ahead, points |  | +40.0 | +20.0 | +30.0 |" in text
     assert "| two stages: projector, then both | 0.001, 0.0001 | 50.0 | 40.0 | 45.0 |" in text
