@@ -13,7 +13,9 @@ def run(script, folder, *arguments) -> dict:
     cli.command()(script.main)
     page = folder / "page.md"
     page.write_text(f"before\n{script.BEGIN}\nold\n{script.END}\nafter\n")
-    result = CliRunner().invoke(cli, ["--quick", "--output", str(folder / "found.json"), "--docs", str(page), *arguments])
+    result = CliRunner().invoke(
+        cli, ["--quick", "--output", str(folder / "found.json"), "--docs", str(page), *arguments]
+    )
     assert result.exit_code == 0, result.output
     assert page.read_text().startswith("before") and "after" in page.read_text() and "old" not in page.read_text()
     return json.loads((folder / "found.json").read_text())

@@ -44,6 +44,7 @@ RECIPE: dict[str, Key] = {
     "max_length": Key("integer", "most tokens of a sample; longer ones are an error", least=2),
     "training_arguments": Key("mapping", "fields of transformers.TrainingArguments, for all stages"),
     "forgetting": Key("mapping", "text on which the language model is measured before and after every stage"),
+    "text_replay": Key("mapping", "text without pictures among the samples, against forgetting"),
     "stages": Key("list", "what is trained, one after another", required=True),
 }
 
@@ -61,6 +62,7 @@ STAGE: dict[str, Key] = {
     "packing": Key("yes or no", "the samples of a batch in one row, without padding"),
     "feature_cache": Key("yes or no or text or mapping", "keep what a frozen tower gives: true, or the folder"),
     "forgetting": Key("mapping", "of this stage; its keys take the place of the recipe's"),
+    "text_replay": Key("mapping", "of this stage; its keys take the place of the recipe's"),
 }
 
 PART: dict[str, Key] = {
@@ -92,6 +94,12 @@ FORGETTING: dict[str, Key] = {
     "stride": Key("integer", "tokens from one window to the next", least=1),
 }
 
+TEXT_REPLAY: dict[str, Key] = {
+    "texts": Key("text or list", "texts to replay: a file, one in a line, or a list", required=True),
+    "share": Key("number", "of text among all samples; 0.2 is a fifth", above=0, most=0.99),
+    "max_length": Key("integer", "tokens of a piece; longer texts are cut", least=4),
+}
+
 #: Other names of parts.
 PART_ALIASES = {"projector": "multi_modal_projector"}
 #: What can be trained, as far as a model has it; a name with dots leads further into one of them.
@@ -105,7 +113,7 @@ PARTS = (
     "audio_projector",
 )
 #: Mappings of a recipe that its stages may change key by key.
-INHERITED = ("data", "training_arguments", "forgetting")
+INHERITED = ("data", "training_arguments", "forgetting", "text_replay")
 
 
 @dataclass
@@ -126,6 +134,7 @@ class Stage:
     feature_cache: Any = False
     loss_mixing: Any = False
     forgetting: dict[str, Any] = field(default_factory=dict)
+    text_replay: dict[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> str:

@@ -11,6 +11,7 @@ from transformers import ProcessorMixin
 from ..data import OPENING_KEYS, augmentation_sheet, open_pictures, open_training_data
 from ..data.readable import REPORT_NAME
 from ..domains import MixedDomains
+from ..text_replay import cut_texts, mix_text_replay
 from .domain_data import DOMAIN_KEYS, domain_names, is_picture_folder, picture_rows
 from .schema import Stage
 
@@ -79,6 +80,11 @@ def stage_dataset(
                 "domains: streamed data cannot be mixed with other kinds of pictures. Leave out `streaming`."
             )
         train = MixedDomains(train, targets, source_domain=domain_names(stage.data)[0], seed=seed)
+    replay = stage.text_replay
+    if replay.get("texts"):
+        max_length = replay.get("max_length") or stage.max_length or 512
+        texts = cut_texts(held_out_texts(replay["texts"]), processor, max_length)
+        train = mix_text_replay(train, texts, replay.get("share", 0.2), seed)
     return train, held_out
 
 

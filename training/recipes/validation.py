@@ -20,6 +20,7 @@ from .schema import (
     PARTS,
     RECIPE,
     STAGE,
+    TEXT_REPLAY,
     Key,
     Recipe,
     recipe_of,
@@ -215,7 +216,16 @@ def _check_forgetting(values: dict[str, Any], path: KeyPath, findings: Findings)
     check_mapping(values, keys, path, findings)
 
 
-_SECTIONS = {"training_arguments": check_training_arguments, "forgetting": _check_forgetting}
+def _check_text_replay(values: dict[str, Any], path: KeyPath, findings: Findings) -> None:
+    keys = TEXT_REPLAY if path == ("text_replay",) else {**TEXT_REPLAY, "texts": Key("text or list", "texts")}
+    check_mapping(values, keys, path, findings)
+
+
+_SECTIONS = {
+    "training_arguments": check_training_arguments,
+    "forgetting": _check_forgetting,
+    "text_replay": _check_text_replay,
+}
 
 
 def _check_places(values: dict[str, Any], findings: Findings) -> None:

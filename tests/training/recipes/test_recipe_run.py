@@ -257,3 +257,22 @@ def test_two_processes_train_one_model_and_one_of_them_writes(tiny, tmp_path):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [stage["steps"] for stage in summary["stages"]] == [4, 4]
     assert PROJECTOR in {name.split(".", 1)[0] for name in weights(tmp_path / "out")}
+
+
+def test_text_is_replayed_and_kept_to_by_a_loss(tiny, tmp_path):
+    """Half of the samples are text, on which the language model stays near itself as it was."""
+    stage = {
+        "name": "all",
+        "max_steps": 4,
+        "parts": {"projector": 1e-3, "language_model": 1e-3},
+        "losses": {"language_model": 1.0, "text_kl": {"weight": 0.5}},
+        "text_replay": {"share": 0.5},
+    }
+    replay = {"text_replay": {"texts": str(tiny["folder"] / "texts.txt")}}
+    results = train_recipe(load_recipe(write_recipe(tmp_path, tiny, [stage], **replay)))
+    measured = [entry["loss/text_kl"] for entry in results[0].history if "loss/text_kl" in entry]
+    assert measured[0] == pytest.approx(0, abs=1e-6) and measured[-1] > 0
+    wrong = {"text_replay": {"share": 1.5}}
+    with pytest.raises(RecipeError, match="(?s)text_replay.*texts.*share") as error:
+        load_recipe(write_recipe(tmp_path, tiny, [stage], **wrong))
+    assert len(error.value.problems) == 2
