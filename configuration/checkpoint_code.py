@@ -16,6 +16,7 @@ Only the standard library is used here.
 """
 
 import ast
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -88,6 +89,9 @@ def checkpoint_sources() -> dict[str, str]:
     return sources
 
 
+@functools.lru_cache(
+    maxsize=256
+)  # a training saves the same code over and over, and parsing it takes longer than writing
 def flatten_relative_imports(source: str, file_name: str = "<source>") -> str:
     """Rewrite ``from ..package.module import x`` to ``from .module import x``; everything else stays byte for byte.
 
