@@ -86,15 +86,6 @@ class DomainAdversarialObjective(Objective):
             nn.Linear(hidden_features, len(self.domains)),
         )
 
-    @classmethod
-    def settings(cls) -> dict[str, Any]:
-        return {name: default for name, default in super().settings().items() if name != "in_features"}
-
-    @classmethod
-    def from_settings(cls, model: nn.Module, settings: Mapping[str, Any]) -> "DomainAdversarialObjective":
-        """As any objective's; the width of the features is the model's."""
-        return cls(model.config.vision_tower_spec["hidden_size"], **settings)
-
     def collate(
         self, samples: Sequence[Mapping[str, Any]], batch: Mapping[str, Any], processor: ProcessorMixin
     ) -> dict[str, Any]:
