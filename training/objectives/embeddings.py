@@ -19,7 +19,9 @@ def run_again(model: nn.Module, **inputs) -> torch.Tensor:
         # Its forward decides anew, from this pass, which weights get no gradient; those of the first pass would be lost.
         model = model.module
     outputs = model(**inputs, output_hidden_states=True, use_cache=False, logits_to_keep=1)
-    return outputs.hidden_states[-1]
+    hidden_states = outputs.hidden_states[-1]
+    # gemma3n keeps several versions of each state, `(versions, batch, sequence, width)`; its layers work on the first.
+    return hidden_states[0] if hidden_states.ndim == 4 else hidden_states
 
 
 def hidden_size(model: nn.Module) -> int:

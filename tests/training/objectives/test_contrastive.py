@@ -19,9 +19,9 @@ from anyvlm.training.objectives.contrastive import ContrastiveObjective, sigmoid
 CAPTIONS = ["w1 w2", "w3", "w4 w5 w6 w7", "w8 w9"]
 
 
-def composed(**kwargs):
+def composed(text="llama", **kwargs):
     model, processor = anyvlm.compose(
-        vision=vision_config("clip_vision_model"), text=text_config("llama"), tokenizer=tiny_tokenizer(), **kwargs
+        vision=vision_config("clip_vision_model"), text=text_config(text), tokenizer=tiny_tokenizer(), **kwargs
     )
     return model.eval(), processor
 
@@ -43,9 +43,13 @@ def batch_for(model, processor, objective, given) -> ObjectiveBatch:
     return ObjectiveBatch(model, inputs, model(**inputs, output_image_features=True), extra, 0.5)
 
 
-@pytest.mark.parametrize("text_pooling", ["last", "mean"])
-def test_softmax_loss_is_clips(text_pooling):
-    model, processor = composed()
+@pytest.mark.parametrize(
+    "text, text_pooling",
+    # States of another width than the config's, recurrent ones, and several versions of each.
+    [("llama", "last"), ("llama", "mean"), ("opt", "last"), ("mamba", "last"), ("gemma3n_text", "last")],
+)
+def test_softmax_loss_is_clips(text, text_pooling):
+    model, processor = composed(text)
     objective = ContrastiveObjective(model, embedding_size=8, text_pooling=text_pooling)
     loss = objective(batch_for(model, processor, objective, samples()))
     pictures = objective.embed_pictures(model, processor, [picture(i) for i in range(4)], batch_size=3)
