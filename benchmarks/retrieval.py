@@ -211,6 +211,9 @@ def main(
     num_test: Annotated[int, typer.Option(help="Pictures of the test, and names to choose from.")] = 100,
     image_size: Annotated[int, typer.Option(help="Of the tower's pictures, in pixels.")] = 56,
     width: Annotated[int, typer.Option(help="Of the language model; a multiple of 32.")] = 128,
+    features: Annotated[
+        Path | None, typer.Option(help="Folder to keep the tower's features in. Default: they are thrown away.")
+    ] = None,
     quick: Annotated[
         bool, typer.Option(help="A few steps on plain colours with a random tower: only whether it runs.")
     ] = False,
@@ -228,7 +231,8 @@ def main(
         (train, test), tower = emoji_data(data, num_test), vision
     tokenizer = word_tokenizer([name for name, _ in train])
     runs = []
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as temporary:
+        cache = temporary if features is None else features
         for seed in range(seeds):
             for arm, losses in ARMS.items():
                 with console.status(f"Seed {seed}: {arm}"):
