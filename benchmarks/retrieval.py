@@ -37,8 +37,13 @@ ARMS = {
     "language model alone": {"language_model": 1.0},
     "with contrastive and matching": {
         "language_model": 1.0,
-        "contrastive": {"weight": 0.5, "embedding_size": 128},
-        "matching": {"weight": 0.2, "negatives": "text"},
+        # Strong at first, when it teaches the projector most; weaker towards the end, which belongs to the language model.
+        "contrastive": {
+            "weight": 1.0,
+            "schedule": {"type": "cosine", "from": 1.0, "to": 0.3},
+            "embedding_size": 128,
+        },
+        "matching": {"weight": 0.1, "negatives": "text"},
     },
 }
 SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "User", "Assistant", ":")
