@@ -2,18 +2,18 @@
 
     python benchmarks/domain_adaptation.py --output runs/domains.json
 
-A small tower and a small language model, both new, are composed and learn to name the category of Google's emoji. Asked
-about Twitter's, they are worse. With `DomainAdversarialObjective`, Twitter's pictures come along without answers. The table
-has, for every seed: exact answers about held-out emoji of both artists (`generate`), and how well a new classifier
-(scikit-learn's logistic regression, cross-validated on held-out pictures of both artists) tells the artists apart by the
-tower's pooled features: before the training, without and with adaptation.
+A small tower and a small language model, both new, are composed and learn to name the pictures of Fashion-MNIST. Asked about
+pictures in half the contrast and with noise, they are worse. With `DomainAdversarialObjective`, other noisy pictures come
+along without answers. The table has, for every seed: exact answers about held-out pictures of both kinds (`generate`), and
+how well a new classifier (scikit-learn's logistic regression, cross-validated on held-out pictures of both) tells the kinds
+apart by the tower's pooled features: before the training, without and with adaptation.
 
-The target's labels are read for the answers about it alone. The weight of the loss is chosen without them, by `--choose`:
-of those with which held-out answers about the *source* stay within 3 points, the one after which a new classifier does worst
-on training pictures; on a seed of its own. The tower has no batch statistics, so pictures without answers change nothing
-unless there is a loss on them.
+No training sees an answer about a noisy picture. Settings were compared on part 0 of the pictures and seed 100, also by
+answers about noisy pictures, which are none of those in the table (part 1, seeds 0 to 2). The tower has no batch statistics,
+so pictures without answers change nothing unless there is a loss on them.
 
-Data: npm's emoji-datasource-google and -twitter, fetched into --data if they are not there.
+Data: Debian's dataset-fashion-mnist, unpacked in --data. `--pair emoji`: Google's emoji to Twitter's, of npm's packages
+emoji-datasource-google and -twitter, fetched into --data if they are not there.
 """
 
 import json
@@ -39,7 +39,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
-    BitConfig,
+    ConvNextConfig,
     GenerationConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
@@ -56,9 +56,6 @@ from anyvlm.training.trainer import AnyVlmTrainer
 
 
 QUESTION = "kind ?"
-WEIGHTS = (0.1, 0.3, 1.0)
-ALLOWED_LOSS = 3.0
-CHOOSING_SEED = 100
 console = Console(stderr=True)
 
 
@@ -66,15 +63,15 @@ console = Console(stderr=True)
 class Settings:
     """One training: optimiser steps, pictures of each domain in a step, rates of the model and of the classifier."""
 
-    steps: int = 400
-    batch_size: int = 64
+    steps: int = 300
+    batch_size: int = 32
     learning_rate: float = 2e-3
-    classifier_rate: float = 5e-3
-    weight: float = 0.1
+    classifier_rate: float = 1e-3
+    weight: float = 0.3
 
 
 def new_model(classes: Sequence[str], seed: int):
-    """A BiT of three stages, whose pooled features are one image token of a llama of two layers. Both from configs."""
+    """A ConvNeXt of three stages, whose pooled features are one image token of a llama of two layers. Both from configs."""
     words = sorted({word for text in (QUESTION, *classes) for word in text.replace("-", " - ").split()})
     vocabulary = {word: index for index, word in enumerate(("<unk>", "<s>", "</s>", "<pad>", *words))}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
@@ -84,7 +81,9 @@ def new_model(classes: Sequence[str], seed: int):
     )
     processor = ViTImageProcessorPil(size={"height": EDGE, "width": EDGE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     return anyvlm.compose(
-        vision=BitConfig(embedding_size=32, hidden_sizes=[32, 64, 32], depths=[1, 1, 1], num_groups=4),
+        vision=ConvNextConfig(
+            patch_size=4, num_stages=3, hidden_sizes=[48, 64, 32], depths=[1, 1, 1], layer_scale_init_value=1.0
+        ),
         text=LlamaConfig(
             vocab_size=len(vocabulary) + 1,
             hidden_size=64,
@@ -165,6 +164,7 @@ def train(pair: Pair, settings: Settings, seed: int, output: Path, adapted: bool
             learning_rate=settings.learning_rate,
             weight_decay=1e-3,
             warmup_steps=20,
+            max_grad_norm=0.0,
             seed=seed,
             logging_steps=max(settings.steps // 8, 1),
             save_strategy="no",
@@ -227,24 +227,6 @@ def told_apart(model, processor, source: np.ndarray, target: np.ndarray) -> floa
     return 100 * float(cross_val_score(classifier, features, np.repeat([0, 1], count), cv=folds).mean())
 
 
-def choose(pair: Pair, settings: Settings, output: Path) -> list[dict[str, float]]:
-    """What each weight does to the source's held-out answers and to the domains, on training pictures of both."""
-    rows = []
-    for weight in (0.0, *WEIGHTS):
-        tried = Settings(**{**asdict(settings), "weight": weight})
-        model, processor, _ = train(pair, tried, CHOOSING_SEED, output, adapted=weight > 0)
-        kept = exact_answers(model, processor, *pair.source.part(VALIDATION), pair.classes)
-        domains = [domain.part(TRAINING, 1000)[0] for domain in (pair.source, pair.target)]
-        rows.append({"weight": weight, "source": kept, "told_apart": told_apart(model, processor, *domains)})
-        console.print(f"weight {weight}: source {kept:.1f} %, told apart {rows[-1]['told_apart']:.1f} %")
-    return rows
-
-
-def chosen_weight(rows: Sequence[dict[str, float]]) -> float:
-    allowed = [row for row in rows[1:] if row["source"] >= rows[0]["source"] - ALLOWED_LOSS] or rows[1:2]
-    return min(allowed, key=lambda row: row["told_apart"])["weight"]
-
-
 def measure(pair: Pair, settings: Settings, seed: int, output: Path) -> dict[str, dict[str, Any]]:
     """Before the training, without adaptation, and with it."""
     tests = {name: domain.part(TEST) for name, domain in (("source", pair.source), ("target", pair.target))}
@@ -287,11 +269,10 @@ def lines(result: dict[str, Any]) -> list[list[str]]:
 def main(
     output: Annotated[Path, typer.Option(help="JSON with every figure.")] = Path("runs/domain_adaptation.json"),
     data: Annotated[Path, typer.Option(help="Folder with the data, or where it is fetched to.")] = Path("runs/data"),
-    pair: Annotated[str, typer.Option(help=f"One of {', '.join(PAIRS)}.")] = "emoji",
+    pair: Annotated[str, typer.Option(help=f"One of {', '.join(PAIRS)}.")] = "fashion",
     seeds: Annotated[int, typer.Option(help="How many seeds, from 0 on.", min=1)] = 3,
-    steps: Annotated[int, typer.Option(help="Optimiser steps of each training.")] = 400,
-    weight: Annotated[float, typer.Option(help="Of the domain-adversarial loss.")] = 0.1,
-    choose_weight: Annotated[bool, typer.Option("--choose", help="Choose the weight first, without labels.")] = False,
+    steps: Annotated[int, typer.Option(help="Optimiser steps of each training.")] = 300,
+    weight: Annotated[float, typer.Option(help="Of the domain-adversarial loss.")] = 0.3,
     quick: Annotated[bool, typer.Option(help="A few steps on drawn shapes, to see it run.")] = False,
 ) -> None:
     logging.set_verbosity_error()
@@ -302,17 +283,13 @@ def main(
     if quick:
         pair, settings = "shapes", Settings(steps=3, batch_size=4)
     domains = PAIRS[pair](data)
-    result: dict[str, Any] = {"pair": domains.title, "pictures": {}, "choice": None}
+    result: dict[str, Any] = {"pair": domains.title, "pictures": {}}
     for name, domain in (("source", domains.source), ("target", domains.target)):
         result["pictures"][name] = {
             "training": len(domain.part(TRAINING)[0]),
             "test": len(domain.part(TEST)[0]),
         }
     output.parent.mkdir(parents=True, exist_ok=True)
-    if choose_weight:
-        result["choice"] = choose(domains, settings, output.parent)
-        settings.weight = chosen_weight(result["choice"])
-        console.print(f"Weight {settings.weight}.")
     result["settings"] = asdict(settings)
     result["seeds"] = {str(seed): measure(domains, settings, seed, output.parent) for seed in range(seeds)}
     partial = output.with_suffix(".part")

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 EDGE = 32
 #: Parts of a data set, by a checksum of each picture's name: no picture is in two, whoever drew it.
 TRAINING, VALIDATION, TEST = (2, 3, 4), (0,), (1,)
-NOISE, CONTRAST = 48, 0.5
+NOISE, CONTRAST = 80, 0.5
 
 
 @dataclass
