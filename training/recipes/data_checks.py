@@ -48,6 +48,10 @@ def check_stage_data(values: dict[str, Any], index: int, findings: Findings) -> 
     losses = stage["losses"] if isinstance(stage.get("losses"), dict) else {}
     for keys, message in [*opening_errors(data), *domain_errors(data, losses)]:
         findings.add((*next(path for path, holder in holders if keys[0] in holder), *keys), f"{message}.")
+    entries = data["train"] if isinstance(data.get("train"), list) else [data.get("train")]
+    streams = [data, *(entry for entry in entries if isinstance(entry, dict))]
+    if stage.get("epochs") is not None and any(entry.get("streaming") is True for entry in streams):
+        findings.add(("stages", index, "epochs"), "streamed data has no length; write `max_steps`.")
     for split in SPLITS:
         source = source_of(data, split)
         here = next(path for path, holder in holders if split in holder or path == holders[-1][0])

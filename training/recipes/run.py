@@ -64,7 +64,7 @@ def train_recipe(
             if before is None and loaded is not None:
                 model, processor = loaded
             else:
-                model, processor = load_model(recipe, None if before is None else str(folder.model(before)))
+                model, processor = load_model(recipe, None if before is None else str(folder.model_after(before)))
             say("Looking at the data of all stages…")
             try_data(recipe.stages[index:], recipe.seed, model, processor)
         on = " from its last checkpoint" if folder.last_checkpoint(stage) else ""

@@ -66,9 +66,12 @@ class RunFolder:
         Raises:
             ValueError: the folder holds a run of another recipe, or other files.
         """
+        if restart and self.stages.is_dir() and not self._record.is_file():
+            raise ValueError(
+                f"{self.stages} is no folder of a run, so it is not removed. Write another folder as `output`."
+            )
         if restart:
-            shutil.rmtree(self.stages, ignore_errors=True)
-            (self.output / "summary.json").unlink(missing_ok=True)
+            self._remove_run()
         elif self._record.is_file():
             self._check_same_recipe()
         elif self.output.is_dir() and any(self.output.iterdir()):
@@ -83,17 +86,29 @@ class RunFolder:
         old = json.loads(self._record.read_text(encoding="utf-8"))
         if old["hash"] == digest(self.recipe.values):
             return
-        begun = sum(path.is_dir() for path in self.stages.iterdir())
+        begun = self._begun()
+        if begun == 0:  # it failed before there was anything to lose, such as for want of memory
+            return
         changed = [
             f"{dotted(path)}: {_shown(before)} -> {_shown(now)}"
             for path, before, now in differences(old["recipe"], self.recipe.values)
-            if path[-1] not in _ANY_TIME and not (path[0] == "stages" and len(path) > 1 and path[1] >= max(begun, 1))
+            if path[-1] not in _ANY_TIME and not (path[0] == "stages" and len(path) > 1 and path[1] >= begun)
         ]
         if changed:
             raise ValueError(
                 f"{self.output} holds a run of this recipe as it was before a change: {'; '.join(changed)}. Undo that to go "
                 "on with it, write another `output`, or add --restart to begin again. Stages that have not begun may change."
             )
+
+    def _begun(self) -> int:
+        """Number of the last stage of which there is a checkpoint or a result, under whichever name; 0 if there is none."""
+        found = [0]
+        for folder in self.stages.iterdir():
+            number = folder.name.partition("-")[0]
+            done = (folder / "stage.json").is_file()
+            if number.isdecimal() and (done or last_complete_checkpoint(folder) is not None):
+                found.append(int(number))
+        return max(found)
 
     def promote(self, stage: Stage) -> None:
         """Make the model of the last stage that of the run. Stopped in between, it goes on when it is called again: the
@@ -108,11 +123,17 @@ class RunFolder:
             os.replace(path, destination)
         source.rmdir()
 
-    def remove_old_model(self) -> None:
-        """Files of a model that was there before, so that none of them stays beside the new one."""
-        for pattern in ("*.safetensors", "*.safetensors.index.json", "config.json", "*.py"):
-            for path in self.output.glob(pattern):
-                path.unlink()
+    def model_after(self, stage: Stage) -> Path:
+        """Where the model behind a finished stage is: that of the last one is the run's own."""
+        return self.model(stage) if self.model(stage).is_dir() else self.output
+
+    def _remove_run(self) -> None:
+        """What a run left: a model whose weights were in more files would else be beside the new one."""
+        if self._record.is_file():
+            for pattern in ("*.safetensors", "*.safetensors.index.json", "config.json", "summary.*"):
+                for path in self.output.glob(pattern):
+                    path.unlink()
+        shutil.rmtree(self.stages, ignore_errors=True)
 
 
 def digest(values: Any) -> str:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, TrainerCallback
 
 from anyvlm.training.recipes.model_checks import plan
 from anyvlm.training.recipes.run import train_recipe
+from anyvlm.training.recipes.schema import recipe_of
 from anyvlm.training.recipes.validation import load_recipe
 from anyvlm.training.recipes.yaml_file import RecipeError
 
@@ -160,17 +161,24 @@ def test_interrupted_it_goes_on_and_ends_the_same(run, tiny, tmp_path, step):
         torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=0, msg=name)
 
 
-def test_stages_that_have_not_begun_may_change(tiny, tmp_path):
+def test_what_has_not_begun_may_change(tiny, tmp_path):
     path = write_recipe(tmp_path, tiny, TWO_STAGES)
+    with pytest.raises(KeyboardInterrupt):  # nothing is lost yet: another batch size may be tried
+        train_recipe(load_recipe(path, ["seed=5"]), callbacks=lambda stage: [Stop(1)])
     with pytest.raises(KeyboardInterrupt):
-        train_recipe(load_recipe(path), callbacks=lambda stage: [Stop(1)])
+        train_recipe(load_recipe(path), callbacks=lambda stage: [Stop(3)])
     simpler = ["stages.1.max_steps=1", "stages.1.losses={}", "stages.1.parts={projector: 1e-3}"]
     with pytest.raises(ValueError, match=r"stages\[0\].max_steps: 4 -> 2[^;]*Undo"):
         train_recipe(load_recipe(path, ["stages.0.max_steps=2", *simpler]))
     results = train_recipe(load_recipe(path, simpler))
     assert [result.steps for result in results] == [4, 1]
-    (again,) = train_recipe(load_recipe(path, ["stages.0.max_steps=2", f"stages={[TWO_STAGES[0]]}"]), restart=True)
-    assert again.steps == 4
+    more = {"name": "more", "max_steps": 1, "parts": {"projector": 1e-3}}
+    longer = load_recipe(path, simpler[:2] + ["stages.1.parts={projector: 1e-3}"])
+    longer.values["stages"].append(more)
+    results = train_recipe(recipe_of(longer.name, longer.values))
+    assert [result.steps for result in results] == [4, 1, 1], "a finished run goes on with one stage more"
+    (again,) = train_recipe(load_recipe(path, ["seed=1", f"stages={[more]}"]), restart=True)
+    assert again.steps == 1 and not (tmp_path / "out" / "stages" / "2-all").exists()
 
 
 def test_packing_and_the_feature_cache_change_no_loss(tiny, tmp_path):
@@ -213,6 +221,9 @@ def test_a_folder_with_other_files_is_left_alone(tiny, tmp_path):
     with pytest.raises(ValueError, match="no run of a recipe"):
         train_recipe(recipe)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+    (tmp_path / "out" / "stages").mkdir()
+    with pytest.raises(ValueError, match="not removed"):
+        train_recipe(recipe, restart=True)
 
 
 def test_what_the_model_has_not_is_said_before_anything_runs(tiny, tmp_path):

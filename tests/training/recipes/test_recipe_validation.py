@@ -133,6 +133,7 @@ ONE_MISTAKE = [
     ("language_model: 1.0", "contrastive: {weight: 1, schedule: rmp}", ":24:7: stages[1].losses.contr", "ramp"),
     ("{train: some/data}", "{train: some/data, domains: {b: {pictures: none}}}", "domains.b.pictures: ", "no folder"),
     ("{train: some/data}", "{train: some/data, domains: {b: a/b}}", ":4:26: data.domains: ", "domain_adversarial"),
+    ("{train: some/data}", "{train: some/data, streaming: true}", ":11:5: stages[0].epochs: ", "`max_steps`"),
     ("seed: 3", "seed: [3", ":4:5: ", "not YAML"),
 ]
 
