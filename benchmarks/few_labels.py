@@ -259,6 +259,7 @@ def main(
     models: Annotated[Path | None, typer.Option(help="Folder with dinov2-small. Needed without --quick.")] = None,
     docs: Annotated[Path | None, typer.Option(help="File whose marked place gets the table.")] = None,
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 3,
+    first_seed: Annotated[int, typer.Option(help="The first of them.")] = 0,
     labels: Annotated[int, typer.Option(help="Pictures with answers.")] = 30,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each arm.")] = 400,
     batch_size: Annotated[int, typer.Option(help="Pictures with answers in a step.")] = 16,
@@ -296,7 +297,7 @@ def main(
     settings["pictures"] = len(made[1]) - settings["test"]
     output.parent.mkdir(parents=True, exist_ok=True)
     results = []
-    for seed in range(seeds):
+    for seed in range(first_seed, first_seed + seeds):
         for arm in ARMS:
             results.append(train(arm, seed, made, folder, settings))
             shown = ", ".join(
@@ -304,7 +305,7 @@ def main(
             )
             console.print(f"{ARMS[arm]}, seed {seed}: {shown}")
     output.write_text(json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
-    table = Table("", *(f"seed {seed}" for seed in range(seeds)), title="exact answers")
+    table = Table("", *(f"seed {seed}" for seed in range(first_seed, first_seed + seeds)), title="exact answers")
     for arm, text in ARMS.items():
         table.add_row(text, *(f"{100 * result['accuracy']:.1f} %" for result in results if result["arm"] == arm))
     console.print(table)

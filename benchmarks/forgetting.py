@@ -194,6 +194,7 @@ def main(
     data: Annotated[Path | None, typer.Option(help="Folder with the files of Fashion-MNIST.")] = None,
     docs: Annotated[Path | None, typer.Option(help="File whose marked place gets the table.")] = None,
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 3,
+    first_seed: Annotated[int, typer.Option(help="The first of them.")] = 0,
     arms: Annotated[str, typer.Option(help="Which, separated by commas.")] = ",".join(ARMS),
     pictures: Annotated[int, typer.Option(help="Pictures to learn from, each seen once.")] = 600,
     share: Annotated[float, typer.Option(help="Of text among the samples, where there is any.")] = 0.25,
@@ -241,7 +242,7 @@ def main(
         kept.write_text(json.dumps(told))
     texts = json.loads(kept.read_text())
     results = []
-    for seed in range(seeds):
+    for seed in range(first_seed, first_seed + seeds):
         for arm in arms.split(","):
             results.append(train(arm, seed, made, folders, texts, settings))
             numbers = {key: round(value, 4) for key, value in results[-1].items() if key not in ("arm", "seed")}

@@ -15,6 +15,7 @@ from transformers import LogitsProcessorList, ProcessorMixin
 
 from ..processing.pictures import to_rgb_picture
 from .collator import AnyVlmDataCollator, place_media
+from .data.augmentation import Augmentation
 from .domains import without_answers
 from .fixed_answers import FixedAnswers
 from .objectives.base import Objective, ObjectiveBatch
@@ -25,7 +26,7 @@ from .weight_average import WeightAverage
 UNLABELLED = "unlabelled"
 
 #: A picture, changed.
-Augmentation = Callable[[Image.Image], Image.Image]
+Change = Callable[[Image.Image], Image.Image] | Augmentation
 
 
 class WithUnlabelled(torch.utils.data.Dataset):
@@ -88,7 +89,8 @@ class SemiSupervisedObjective(Objective):
             labels this decides whether the model's own answers help at all, see `FixedAnswers`.
         threshold: Least confidence of an answer that is learnt.
         decay: Of the moving average.
-        weak: Change of the pictures that the teacher sees. Default: none.
+        weak: Change of the pictures that the teacher sees: a function from picture to picture, or an
+            `anyvlm.training.data.Augmentation`. Default: none.
         strong: Change of the pictures that the model learns from. Without one the model learns what its average knows
             about the same picture, which is little. It must leave the answer true.
         max_new_tokens: Of a free answer; one that has not ended by then is not learnt.
@@ -106,8 +108,8 @@ class SemiSupervisedObjective(Objective):
         answer_shares: str | Mapping[str, float] | None = None,
         threshold: float = 0.95,
         decay: float = 0.999,
-        weak: Augmentation | None = None,
-        strong: Augmentation | None = None,
+        weak: Change | None = None,
+        strong: Change | None = None,
         max_new_tokens: int = 32,
         max_length: int | None = None,
     ):
@@ -226,7 +228,7 @@ class SemiSupervisedObjective(Objective):
         return [self.answers.answers[row] for row in rows], total.exp()
 
 
-def _changed(sample: Mapping[str, Any], change: Augmentation | None) -> dict[str, Any]:
+def _changed(sample: Mapping[str, Any], change: Change | None) -> dict[str, Any]:
     """The sample with its pictures in `images`, each changed."""
     messages, media = place_media(sample)
     if media["video"]:
@@ -237,7 +239,12 @@ def _changed(sample: Mapping[str, Any], change: Augmentation | None) -> dict[str
                 {"type": "image"} if block.get("type") == "image" else block for block in message.get("content") or ()
             ]
     pictures = [to_rgb_picture(picture) for picture in media["image"]]
-    return {"messages": messages, "images": pictures if change is None else [change(one) for one in pictures]}
+    if isinstance(change, Augmentation):
+        # It changes by a key alone; torch's numbers are those that a resumed training goes on with.
+        pictures = [change(one, [int(torch.randint(2**31, ()))]) for one in pictures]
+    elif change is not None:
+        pictures = [change(one) for one in pictures]
+    return {"messages": messages, "images": pictures}
 
 
 def _answer(sample: Mapping[str, Any]) -> str | None:

@@ -11,6 +11,7 @@ from tiny_parts import make_sensitive, text_config, tiny_tokenizer, vision_confi
 from transformers import TrainingArguments
 
 import anyvlm
+from anyvlm.training.data.augmentation import Augmentation
 from anyvlm.training.objectives.base import ObjectiveBatch
 from anyvlm.training.semi_supervised import SemiSupervisedObjective, WithUnlabelled
 
@@ -190,6 +191,19 @@ def test_loss_is_the_models_on_confident_answers_about_changed_pictures(parts):
     objective.threshold = 1.0
     assert forward(objective, model, [{"unlabelled": UNLABELLED}])[0] is None
     assert forward(objective, model, LABELLED)[0] is None
+
+
+def test_pictures_changed_by_an_augmentation_are_others_each_time(parts):
+    model, processor = parts
+    objective = SemiSupervisedObjective(model, processor, ANSWERS, strong=Augmentation(rotation=20))
+    rows = [{"unlabelled": UNLABELLED[:1]}] * 2
+    samples = [objective.collate([row], {}, processor)["samples"][0] for row in rows]
+    first, second = (sample["images"][0].tobytes() for sample in samples)
+    assert first != second
+    torch.manual_seed(5)
+    again = objective.collate(rows[:1], {}, processor)["samples"][0]["images"][0].tobytes()
+    torch.manual_seed(5)
+    assert again == objective.collate(rows[:1], {}, processor)["samples"][0]["images"][0].tobytes()
 
 
 def trainer(directory, model, processor, max_steps):
