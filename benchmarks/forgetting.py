@@ -123,7 +123,7 @@ def train(arm: str, seed: int, data: list[np.ndarray], folders: dict, texts: dic
             num_train_epochs=1,
             per_device_train_batch_size=settings["batch_size"],
             lr_scheduler_type="cosine",
-            warmup_steps=5,
+            warmup_steps=0.25,  # of all
             logging_steps=20,
             save_strategy="no",
             report_to="none",
