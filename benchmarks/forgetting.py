@@ -124,6 +124,7 @@ def train(arm: str, seed: int, data: list[np.ndarray], folders: dict, texts: dic
             per_device_train_batch_size=settings["batch_size"],
             lr_scheduler_type="cosine",
             warmup_steps=0.25,  # of all
+            adam_beta2=0.95,  # the first gradients, of an untrained projector, are large and must be forgotten soon
             logging_steps=20,
             save_strategy="no",
             report_to="none",
@@ -196,14 +197,14 @@ def main(
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 3,
     first_seed: Annotated[int, typer.Option(help="The first of them.")] = 0,
     arms: Annotated[str, typer.Option(help="Which, separated by commas.")] = ",".join(ARMS),
-    pictures: Annotated[int, typer.Option(help="Pictures to learn from, each seen once.")] = 600,
+    pictures: Annotated[int, typer.Option(help="Pictures to learn from, each seen once.")] = 400,
     share: Annotated[float, typer.Option(help="Of text among the samples, where there is any.")] = 0.25,
-    tokens: Annotated[int, typer.Option(help="Most tokens of a story.")] = 64,
+    tokens: Annotated[int, typer.Option(help="Most tokens of a story.")] = 48,
     held_out: Annotated[int, typer.Option(help="Held-out stories.")] = 48,
     batch_size: Annotated[int, typer.Option(help="Samples in a step.")] = 8,
-    language_model_rate: Annotated[float, typer.Option(help="Learning rate of the language model.")] = 2e-4,
+    language_model_rate: Annotated[float, typer.Option(help="Learning rate of the language model.")] = 1e-4,
     projector_rate: Annotated[float, typer.Option(help="Learning rate of the projector.")] = 1e-3,
-    kl_weight: Annotated[float, typer.Option(help="Weight of the KL term.")] = 1.0,
+    kl_weight: Annotated[float, typer.Option(help="Weight of the KL term.")] = 5.0,
     test: Annotated[int, typer.Option(help="Test pictures.")] = 500,
     quick: Annotated[bool, typer.Option("--quick", help="Random pictures, tiny random parts: does it run?")] = False,
 ) -> None:
