@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -42,6 +43,26 @@ def prepare_parts(model: PreTrainedModel, parts: Mapping[str, Mapping[str, Any]]
         whole = trained_modules(model, train_parts(model, others)) if others else []
         adapted = add_adapters(model, adapters, also_train=whole, base_model=model.name_or_path or "the stage before")
     return adapted, train_parts(adapted, parts)
+
+
+def in_single_precision(model: nn.Module) -> None:
+    """What is trained, in float32: the steps of a small rate are lost in rounding to bfloat16. For mixed precision, which
+    computes in bfloat16 all the same."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+
+
+def dtypes_of(model: nn.Module) -> dict[str, torch.dtype]:
+    return {name: parameter.dtype for name, parameter in model.named_parameters()}
+
+
+def restore_dtypes(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    """As they were before, so that the next stage begins with what a checkpoint would give."""
+    for name, parameter in model.named_parameters():
+        if name in dtypes and parameter.dtype != dtypes[name]:
+            parameter.grad = None
+            parameter.data = parameter.data.to(dtypes[name])
 
 
 def trained_modules(model: nn.Module, trained: TrainedParts) -> list[str]:

@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from .domain_data import with_domains
 from .run_folder import RunFolder, write_json
 from .schema import Recipe, Stage
 from .stage_data import first_samples, held_out_texts, stage_dataset
-from .stage_parts import prepare_parts, without_adapters
+from .stage_parts import dtypes_of, in_single_precision, prepare_parts, restore_dtypes, without_adapters
 from .summary import StageResult, losses_of
 
 
@@ -49,7 +50,10 @@ def run_stage(
     set_seed(arguments.seed)
     checkpoint = folder.last_checkpoint(stage)
     train_dataset, eval_dataset = stage_dataset(stage, recipe.seed, processor, folder.stage(stage))
+    dtypes = dtypes_of(model)
     adapted, trained = prepare_parts(model, stage.parts)
+    if arguments.bf16 or arguments.fp16:
+        in_single_precision(adapted)
     objectives, weights = build_losses(with_domains(stage.losses, stage.data), adapted)
     collator = stage_collator(recipe, stage, adapted, processor, arguments, objectives)
     if stage.packing:
@@ -77,7 +81,7 @@ def run_stage(
         warnings.simplefilter("always", UserWarning)
         trainer.train(resume_from_checkpoint=checkpoint)
     eval_loss = trainer.evaluate()["eval_loss"] if eval_dataset is not None else None
-    model = _save(trainer, processor, folder, stage)
+    model = _save(trainer, processor, folder, stage, dtypes)
     result = StageResult(
         name=stage.folder,
         steps=trainer.state.global_step,
@@ -176,7 +180,13 @@ def _forgetting(trainer: AnyVlmTrainer, stage: Stage) -> ForgettingCallback | No
     return callback
 
 
-def _save(trainer: AnyVlmTrainer, processor: ProcessorMixin, folder: RunFolder, stage: Stage) -> PreTrainedModel:
+def _save(
+    trainer: AnyVlmTrainer,
+    processor: ProcessorMixin,
+    folder: RunFolder,
+    stage: Stage,
+    dtypes: Mapping[str, torch.dtype],
+) -> PreTrainedModel:
     """The model behind the stage, whole or not there."""
     partial, model_folder = folder.stage(stage) / ".model.partial", folder.model(stage)
     is_main = trainer.args.should_save
@@ -186,6 +196,7 @@ def _save(trainer: AnyVlmTrainer, processor: ProcessorMixin, folder: RunFolder, 
     trainer.accelerator.wait_for_everyone()
     adapted: nn.Module = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(adapted, PreTrainedModel):
+        restore_dtypes(adapted, dtypes)
         # Weights that are spread over processes are gathered.
         trainer.save_model(str(partial))
         model = adapted
@@ -194,6 +205,7 @@ def _save(trainer: AnyVlmTrainer, processor: ProcessorMixin, folder: RunFolder, 
             adapted.save_pretrained(partial / "adapter")
         trainer.accelerator.wait_for_everyone()
         model = without_adapters(adapted)
+        restore_dtypes(model, dtypes)
         if is_main:
             model.save_pretrained(partial)
     if is_main:

@@ -192,6 +192,30 @@ def test_packing_and_the_feature_cache_change_no_loss(tiny, tmp_path):
     assert list((tmp_path / "fast" / "out" / "stages" / "features").iterdir())
 
 
+def test_weights_of_bfloat16_are_trained_in_single_precision(tiny, tmp_path):
+    """At a rate of 1e-6 no step changes a weight of bfloat16; and frozen weights stay as they are."""
+    seen = {}
+
+    class See(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            for name, parameter in model.named_parameters():
+                seen.setdefault((name, parameter.requires_grad), []).append(parameter.detach().clone())
+
+    parts = {"projector": 1e-6, "language_model": "lora"}
+    changes = {"dtype": "bfloat16"}
+    recipe = load_recipe(
+        write_recipe(tmp_path, tiny, [{"name": "a", "max_steps": 3, "parts": parts}], **changes),
+        ["training_arguments.bf16=true"],
+    )
+    train_recipe(recipe, callbacks=lambda stage: [See()])
+    for (name, trained), values in seen.items():
+        assert values[0].dtype == (torch.float32 if trained else torch.bfloat16), name
+        if trained and "lora_A" not in name:
+            assert not torch.equal(values[0], values[-1]), name
+    saved = AutoModelForCausalLM.from_pretrained(recipe.output, trust_remote_code=True)
+    assert {parameter.dtype for parameter in saved.parameters()} == {torch.bfloat16}
+
+
 def test_pictures_of_another_kind_are_learnt_from_without_answers(tiny, tmp_path):
     stage = {
         "name": "a",

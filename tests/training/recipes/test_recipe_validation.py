@@ -134,6 +134,7 @@ ONE_MISTAKE = [
     ("{train: some/data}", "{train: some/data, domains: {b: {pictures: none}}}", "domains.b.pictures: ", "no folder"),
     ("{train: some/data}", "{train: some/data, domains: {b: a/b}}", ":4:26: data.domains: ", "domain_adversarial"),
     ("{train: some/data}", "{train: some/data, streaming: true}", ":11:5: stages[0].epochs: ", "`max_steps`"),
+    ("seed: 3", "dtype: bfloat16", ":3:1: dtype: ", "bf16: true"),
     ("seed: 3", "seed: [3", ":4:5: ", "not YAML"),
 ]
 
