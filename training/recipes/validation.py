@@ -132,8 +132,8 @@ def _check_stages(values: dict[str, Any], findings: Findings) -> None:
         arguments = {**_mapping(values, "training_arguments"), **_mapping(stage, "training_arguments")}
         half = values.get("dtype") in ("bfloat16", "float16")
         if half and not (arguments.get("bf16") or arguments.get("fp16")):
-            message = "needs bf16: true (or fp16) in the training arguments: then what is trained is kept in float32. Without,"
-            findings.add(("dtype",), f"{values['dtype']} {message} small steps are lost. Or write float32.")
+            message = "needs bf16: true (or fp16) in the training arguments: then what is trained is kept in float32."
+            findings.add(("dtype",), f"{values['dtype']} {message} Without, small steps are lost. Or write float32.")
 
 
 def _check_feature_cache(values: dict[str, Any], stage: dict[str, Any], path: KeyPath, findings: Findings) -> None:
