@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from ...modeling.bottleneck_adapters import ADAPTER_NAME
 from .bottleneck import add_bottleneck_adapters
 
 
@@ -47,6 +48,7 @@ def add_adapters(
             the fusion.
         token_indices: Rows of the language model's embeddings to train, for tokens that were added.
         base_model: Folder or Hub id of this model's weights, for `base_model_name_or_path`. Default: where it was loaded.
+            Empty: none, for adapters that will be merged.
 
     Returns:
         A `peft.PeftModelForCausalLM`: `PeftModel.from_pretrained(base, folder)` and `AutoPeftModelForCausalLM` load what
@@ -78,12 +80,11 @@ def add_adapters(
         rank_pattern={rf"{re.escape(part)}\..*": rank for part, rank in ranks.items() if rank != ranks[first]},
         alpha_pattern={rf"{re.escape(part)}\..*": alpha for part, alpha in alphas.items() if alpha != alphas[first]},
         trainable_token_indices=_token_rows(model, token_indices),
-        base_model_name_or_path=_base_model(model, base_model),
         **_common_settings(parts, peft.LoraConfig),
     )
-    named = config.base_model_name_or_path
     adapted = peft.get_peft_model(model, config)
-    config.base_model_name_or_path = named  # PEFT writes the model's own again, the empty one of a composed model too
+    # PEFT writes the model's own, the empty one of a composed model too.
+    config.base_model_name_or_path = _base_model(model, base_model)
     return adapted
 
 
@@ -142,11 +143,12 @@ def target_modules(model: nn.Module, part: str, targets: str | Sequence[str] | N
 
 
 def _possible_targets(model: nn.Module, part: str) -> list[str]:
-    """Linear layers of a part, but for the head and for those whose weights torch's attention reads past `forward`."""
+    """Linear layers of a part, but for the head, for adapters, and for those whose weights torch's attention reads past
+    `forward`."""
     head = model.get_output_embeddings()
     found = []
     for name, module in model.named_modules():
-        inside = name == part or name.startswith(f"{part}.")
+        inside = (name == part or name.startswith(f"{part}.")) and f".{ADAPTER_NAME}." not in name
         if not inside or module is head or not isinstance(module, (nn.Linear, Conv1D)):
             continue
         parent = model.get_submodule(name.rpartition(".")[0])
@@ -253,8 +255,8 @@ def _token_rows(model: nn.Module, indices: Sequence[int]) -> dict[str, list[int]
 
 
 def _base_model(model: PreTrainedModel, given: str | None) -> str | None:
-    name = given or model.name_or_path or None
-    if name is None:
+    name = (model.name_or_path if given is None else given) or None
+    if name is None and given is None:
         logger.warning(
             "This model was not loaded from anywhere, and an adapter is of no use without its base. Save the model first "
             "(model.save_pretrained(folder)), and pass base_model=folder."

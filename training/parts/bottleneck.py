@@ -25,15 +25,20 @@ def add_bottleneck_adapters(
         whole: Modules and parameters that are trained whole beside them.
 
     Raises:
-        ValueError: a setting that is unknown, a part without layers, or whose layers do not give a sequence; the model has
-            such adapters already.
+        ValueError: a setting that is unknown, a part without layers, or whose layers do not give a sequence; layers that
+            have such adapters already.
     """
-    if model.config.bottleneck_adapters:
-        raise ValueError("This model has bottleneck adapters already. Train those, or begin with the model without.")
     described = {part: _described(model, part, settings) for part, settings in parts.items()}
+    present = dict(model.config.bottleneck_adapters or {})
+    names = [name for settings in (*present.values(), *described.values()) for name in settings["layers"]]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"{', '.join(described)}: layers would have two bottleneck adapters (there are already: "
+            f"{', '.join(present) or 'none'}). Train those that are there, or begin with the model without."
+        )
     model.requires_grad_(False)
     attach_bottleneck_adapters(model, described)
-    model.config.bottleneck_adapters = described
+    model.config.bottleneck_adapters = {**present, **described}
     for settings in described.values():
         for name in settings["layers"]:
             layer = model.get_submodule(name)
@@ -41,8 +46,10 @@ def add_bottleneck_adapters(
             like = next(parameter for parameter in layer.parameters() if parameter.is_floating_point())
             adapter.reset_parameters()
             adapter.to(device=like.device, dtype=like.dtype)
+    added = [f"{name}.{ADAPTER_NAME}" for settings in described.values() for name in settings["layers"]]
+    trained = tuple(f"{module}." for module in (*added, *whole))
     for name, parameter in model.named_parameters():
-        if f".{ADAPTER_NAME}." in name or name in whole or name.startswith(tuple(f"{module}." for module in whole)):
+        if name.startswith(trained) or name in whole:
             parameter.requires_grad_(True)
     # Without this, gradient checkpointing that is reentrant gives frozen layers' adapters no gradient.
     model.enable_input_require_grads()

@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 
 #: Other names of parts.
 ALIASES = {"projector": "multi_modal_projector", "vision": "vision_tower", "text": "language_model"}
-ADAPTERS = ("lora", "dora", "adapters")
+#: Values of `train` that mean adapters alone: PEFT's, those that are part of the model, or both.
+ADAPTERS = ("lora", "dora", "bottleneck", "adapters")
 _LAYERS = re.compile(r"(last|first)(?: (\d+))? layers?")
-TRAIN = '"all", "frozen", "last 4 layers", "first 2 layers" (any number), or "lora" (the adapters alone)'
+TRAIN = (
+    '"all", "frozen", "last 4 layers", "first 2 layers" (any number), or "lora", "dora", "bottleneck" (adapters alone)'
+)
 
 
 class PartProblem(NamedTuple):
@@ -48,13 +51,14 @@ class PartSettings:
     """Settings of one part.
 
     Args:
-        train: `all`, `frozen`, `last 4 layers`, `first 2 layers`, or `lora` for the adapters alone.
+        train: `all`, `frozen`, `last 4 layers`, `first 2 layers`, or `lora`, `dora`, `bottleneck` for the
+            adapters of that kind alone (`adapters`: of any).
         learning_rate: Default: the trainer's.
         layer_decay: The rate of each layer is that of the one above it, times this.
         weight_decay: Default: the trainer's.
         layers: Names of the layers to be trained, as in the model; must agree with `train` where that tells a number.
         unfreeze: See `GradualUnfreezing`: `{"from": 0.2, "to": 0.8}`, or fractions of the training `[0, 0.3, 0.6]`.
-        lora: The adapters' settings, which are not read here.
+        lora, bottleneck: The adapters' settings, which are not read here.
     """
 
     train: str = "all"
@@ -64,6 +68,7 @@ class PartSettings:
     layers: tuple[str, ...] | None = None
     unfreeze: Any = None
     lora: Any = None
+    bottleneck: Any = None
 
     def words(self, num_layers: int) -> str:
         """What is trained, for people.

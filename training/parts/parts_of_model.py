@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from ...modeling.base_model import AnyVlmModel
+from ...modeling.bottleneck_adapters import ADAPTER_NAME
 
 
 class ModelParts:
@@ -31,8 +32,17 @@ class ModelParts:
         #: Never used by PEFT's wrappers: the weights that a copy in `modules_to_save` stands for.
         self.replaced: set[str] = set()
         self.adapters: set[str] = set()
+        #: Adapters that are part of the model itself.
+        self.bottlenecks = {name for name in self.parameters if f".{ADAPTER_NAME}." in name}
         for name, is_adapter in _of_peft(model):
             (self.adapters if is_adapter else self.replaced).add(name)
+        self.bottlenecks -= self.replaced
+        self.adapters -= self.bottlenecks  # where PEFT keeps them beside its own
+
+    def adapters_of(self, kind: str) -> set[str]:
+        """Names of adapters' parameters: `lora`, `dora` (PEFT's), `bottleneck`, or `adapters` for all."""
+        of_peft = self.adapters if kind != "bottleneck" else set()
+        return of_peft | (self.bottlenecks if kind in ("bottleneck", "adapters") else set())
 
     @property
     def names(self) -> list[str]:

@@ -129,8 +129,8 @@ def train_parts(model: nn.Module, parts: Mapping[str, Any]) -> TrainedParts:
         parts: By name of a part (`vision_tower`, `multi_modal_projector` or `projector`, `language_model`, `fusion`,
             `image_newline`, or any module or parameter below them; the most exact name counts): a learning rate, which
             trains all of it; `"all"`, `"frozen"`, `"last 4 layers"` (with what comes after the layers: final norm, head),
-            `"first 2 layers"` (with what comes before: embeddings), `"lora"` (the adapters alone); or a mapping of
-            `PartSettings`. Adapters belong to the part that they are in.
+            `"first 2 layers"` (with what comes before: embeddings), `"lora"`, `"bottleneck"` (the adapters alone); or a
+            mapping of `PartSettings`. Adapters belong to the part that they are in.
 
     Returns:
         What is trained: groups for the optimizer, callbacks, and a table.
@@ -213,11 +213,11 @@ def _part(
         return None, message
     wanted = set(own) - inside.replaced
     if settings.train in ADAPTERS:
-        wanted &= inside.adapters
+        wanted &= inside.adapters_of(settings.train)
         if not wanted:
             return None, (
                 ("train",),
-                "there are no adapters in this part. Add them first (add_adapters), or train it all.",
+                "there are no such adapters in this part. Add them first (add_adapters), or train it all.",
             )
     if settings.train == "frozen":
         wanted = set()

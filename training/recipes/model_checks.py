@@ -53,13 +53,16 @@ def plan(recipe: Recipe) -> Plan:
     for index, stage in enumerate(recipe.stages):
         path: KeyPath = ("stages", index, "parts")
         try:
-            _, trained = prepare_parts(copy.deepcopy(whole), stage.parts)
+            adapted, trained = prepare_parts(copy.deepcopy(whole), stage.parts)
         except PartsError as error:
             for problem in error.problems:
                 findings.add((*path, *_as_written(problem.place, stage.parts)), problem.message)
         except (ValueError, ImportError) as error:
-            findings.add(path, str(error))
+            names = [name for name in stage.parts if str(error).startswith(PART_ALIASES.get(name, name))]
+            findings.add((*path, *names[:1]), str(error))
         else:
+            if isinstance(adapted, PreTrainedModel):
+                whole = adapted  # bottleneck adapters stay, for the stages behind
             arguments = training_arguments(stage.training_arguments, recipe.output, recipe.seed)
             table = trained.table(arguments.learning_rate)
             number, unit = (stage.max_steps, "step") if stage.max_steps else (f"{stage.epochs:g}", "epoch")

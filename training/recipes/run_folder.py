@@ -127,6 +127,12 @@ class RunFolder:
         """Where the model behind a finished stage is: that of the last one is the run's own."""
         return self.model(stage) if self.model(stage).is_dir() else self.output
 
+    def model_before(self, stage: Stage) -> Path | str | None:
+        """Where the model is that a stage begins with; a composed one is nowhere."""
+        if stage.number == 1:
+            return self.recipe.model
+        return self.model_after(self.recipe.stages[stage.number - 2])
+
     def _remove_run(self) -> None:
         """What a run left: a model whose weights were in more files would else be beside the new one."""
         if self._record.is_file():

@@ -72,7 +72,13 @@ PART: dict[str, Key] = {
     "layer_decay": Key("number", "each layer learns at this share of the rate of the one above", above=0, most=1),
     "weight_decay": Key("number", "of this part", least=0),
     "lora": Key("mapping", "arguments of peft.LoraConfig, such as `r` and `target_modules`"),
+    "bottleneck": Key("mapping", "settings of bottleneck adapters: `r` and `activation`"),
     "unfreeze": Key("text or number or integer or mapping or list", "gradual unfreezing"),
+}
+
+BOTTLENECK: dict[str, Key] = {
+    "r": Key("integer", "width between the adapter's two layers", least=1),
+    "activation": Key("text", "between them, by its name in transformers"),
 }
 
 FEATURE_CACHE: dict[str, Key] = {

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..parts.part_settings import PartProblem, PartsError
 from ..parts.trained_parts import TrainedParts, train_parts
 from .schema import PART_ALIASES
 
 
 #: Values of `train` that mean adapters -> the type of `add_adapters`.
-ADAPTERS = {"lora": "lora", "dora": "dora"}
+ADAPTERS = {"lora": "lora", "dora": "dora", "bottleneck": "bottleneck"}
 #: The smallest of what LoRA needs (Hu et al. 2021), where a recipe does not say.
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
@@ -22,27 +23,59 @@ def full_names(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, An
     return {PART_ALIASES.get(name, name): dict(settings) for name, settings in parts.items()}
 
 
-def prepare_parts(model: PreTrainedModel, parts: Mapping[str, Mapping[str, Any]]) -> tuple[nn.Module, TrainedParts]:
-    """Adapters where a stage asks for them, and all else frozen or trained as it says.
+def prepare_parts(
+    model: PreTrainedModel, parts: Mapping[str, Mapping[str, Any]], base_model: str = ""
+) -> tuple[nn.Module, TrainedParts]:
+    """Adapters where a stage asks for them, and all else frozen or trained as it says. Bottleneck adapters of a stage before
+    are trained further.
+
+    Args:
+        base_model: Where the model is as it is now, for the adapter that is saved.
 
     Raises:
         ValueError: parts, layers or targets that the model has not.
     """
     parts = full_names(parts)
     adapters = {
-        name: {"type": ADAPTERS[settings["train"]], **(settings.get("lora") or LORA)}
+        name: {"type": ADAPTERS[settings["train"]], **_adapter_settings(settings)}
         for name, settings in parts.items()
-        if settings.get("train") in ADAPTERS
+        if settings.get("train") in ADAPTERS and not _has_bottlenecks(model, name, settings)
     }
     adapted: nn.Module = model
     if adapters:
         from ..parts.adapters import add_adapters
 
-        others = {name: settings for name, settings in parts.items() if name not in adapters}
+        others = {
+            name: settings
+            for name, settings in parts.items()
+            if name not in adapters and settings.get("train") != "frozen"
+        }
         # What is trained without adapters has to be named, or checkpoints and the saved adapter would be without it.
         whole = trained_modules(model, train_parts(model, others)) if others else []
-        adapted = add_adapters(model, adapters, also_train=whole, base_model=model.name_or_path or "the stage before")
+        adapted = add_adapters(model, adapters, also_train=whole, base_model=base_model)
     return adapted, train_parts(adapted, parts)
+
+
+def _adapter_settings(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    if settings["train"] == "bottleneck":
+        return settings.get("bottleneck") or {}
+    return settings.get("lora") or LORA
+
+
+def _has_bottlenecks(model: PreTrainedModel, part: str, settings: Mapping[str, Any]) -> bool:
+    """Whether the part has them already.
+
+    Raises:
+        PartsError: and they are others than those asked for.
+    """
+    present = (model.config.bottleneck_adapters or {}).get(part)
+    if settings["train"] != "bottleneck" or present is None:
+        return False
+    known = {"r": present["size"], "activation": present["activation"]}
+    if not known.items() >= dict(settings.get("bottleneck") or {}).items():
+        message = f"it has adapters already, with {known}, which stay; leave this out to train them further."
+        raise PartsError([PartProblem((part, "bottleneck"), message)])
+    return True
 
 
 def in_single_precision(model: nn.Module) -> None:

@@ -51,7 +51,8 @@ def run_stage(
     checkpoint = folder.last_checkpoint(stage)
     train_dataset, eval_dataset = stage_dataset(stage, recipe.seed, processor, folder.stage(stage))
     dtypes = dtypes_of(model)
-    adapted, trained = prepare_parts(model, stage.parts)
+    adapted, trained = prepare_parts(model, stage.parts, base_model=str(folder.model_before(stage) or ""))
+    dtypes = {**dtypes_of(adapted), **dtypes}  # of bottleneck adapters too, which stay in the model
     if arguments.bf16 or arguments.fp16:
         in_single_precision(adapted)
     objectives, weights = build_losses(with_domains(stage.losses, stage.data), adapted)

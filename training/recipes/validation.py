@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers.activations import ACT2FN
+
 from ..objectives.registry import OBJECTIVES, check_losses
 from .arguments import check_training_arguments, training_arguments
 from .checks import Findings, check_mapping, check_value, unknown
 from .data_checks import check_stage_data
 from .domain_data import with_domains
 from .schema import (
+    BOTTLENECK,
     FEATURE_CACHE,
     FORGETTING,
     LOSS_MIXING,
@@ -207,12 +210,25 @@ def _check_parts(parts: dict[str, Any], path: KeyPath, findings: Findings, has_r
         settings = settings_of_part(written)
         if isinstance(written, dict):
             check_mapping(settings, PART, here, findings)
+            _check_bottleneck(settings, here, findings)
         elif "learning_rate" in settings:
             check_value(settings["learning_rate"], PART["learning_rate"], here, findings)
         if not has_rate and settings.get("learning_rate") is None and settings.get("train") != "frozen":
             findings.add(
                 here, "`learning_rate` is missing, here and in `training_arguments` (transformers would take 5e-5)."
             )
+
+
+def _check_bottleneck(settings: dict[str, Any], path: KeyPath, findings: Findings) -> None:
+    own = settings.get("bottleneck")
+    if own is not None and settings.get("train") != "bottleneck":
+        findings.add(
+            (*path, "bottleneck"), "these settings are for `train: bottleneck`; write that, or leave them out."
+        )
+    elif isinstance(own, dict) and check_mapping(own, BOTTLENECK, (*path, "bottleneck"), findings):
+        activation = own.get("activation")
+        if isinstance(activation, str) and activation not in ACT2FN:
+            findings.add((*path, "bottleneck", "activation"), unknown(activation, ACT2FN, "activation"))
 
 
 def _check_forgetting(values: dict[str, Any], path: KeyPath, findings: Findings) -> None:
