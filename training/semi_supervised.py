@@ -121,12 +121,56 @@ class SemiSupervisedObjective(Objective):
         self.processor, self.threshold, self.max_new_tokens = processor, threshold, max_new_tokens
         self.weak, self.strong = weak, strong
         self.collator = AnyVlmDataCollator(processor, max_length=max_length)
-        ends = extract_model_from_parallel(model).generation_config.eos_token_id
-        ends = processor.tokenizer.eos_token_id if ends is None else ends
-        self.end_tokens = list(ends) if isinstance(ends, (list, tuple)) else [ends]
+        self.end_tokens = _end_tokens(model, processor)
         self.answers = FixedAnswers(processor, answers, self.end_tokens, answer_shares) if answers else None
         self.teacher = WeightAverage(model, decay)
         self.register_buffer("updated_at", torch.zeros(()))
+
+    @classmethod
+    def settings_errors(cls, settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+        errors = []
+        answers, shares = settings.get("answers"), settings.get("answer_shares")
+        is_list = isinstance(answers, (list, tuple)) and all(isinstance(answer, str) for answer in answers)
+        if answers is not None and not (is_list and len(set(answers)) == len(answers) > 1):
+            errors.append(("answers", "write a list of all answers that there are, two or more, each a text."))
+        elif shares is not None and answers is None:
+            errors.append(("answer_shares", "shares are those of `answers`; write these too, or leave it out."))
+        elif shares not in (None, "equal") and not (
+            isinstance(shares, Mapping)
+            and set(shares) == set(answers)
+            and all(_is_number(share) and share > 0 for share in shares.values())
+        ):
+            errors.append(("answer_shares", "write equal, or a number above 0 for each of the answers."))
+        bounds = {"threshold": (0.5 if answers else 0, 1), "decay": (0, 0.999999)}
+        for key, (least, most) in bounds.items():
+            if key in settings and not (_is_number(settings[key]) and least <= settings[key] <= most):
+                errors.append((key, f"{settings[key]!r} is not a number from {least:g} to {most:g}."))
+        for key in ("max_new_tokens", "max_length"):
+            if settings.get(key) is not None and (not _is_number(settings[key]) or settings[key] < 1):
+                errors.append((key, f"{settings[key]!r} is not a number of tokens."))
+        for key in ("weak", "strong"):
+            try:
+                Augmentation.from_settings(settings.get(key))
+            except ValueError as error:
+                errors.append((key, str(error).removeprefix("augmentation: ")))
+        return errors
+
+    @classmethod
+    def try_settings(cls, model: nn.Module, processor: ProcessorMixin, settings: Mapping[str, Any]) -> None:
+        if settings.get("answers"):
+            FixedAnswers(processor, settings["answers"], _end_tokens(model, processor), settings.get("answer_shares"))
+
+    @classmethod
+    def from_settings(
+        cls, model: nn.Module, settings: Mapping[str, Any], processor: ProcessorMixin | None = None
+    ) -> "SemiSupervisedObjective":
+        """As of all objectives; `weak` and `strong` as a recipe says `augmentation`, and `strong` is `true` there if nothing
+        is said."""
+        changes = {
+            "weak": Augmentation.from_settings(settings.get("weak")),
+            "strong": Augmentation.from_settings(settings.get("strong", True)),
+        }
+        return super().from_settings(model, {**settings, **changes}, processor)
 
     def collate(
         self, samples: Sequence[Mapping[str, Any]], batch: Mapping[str, Any], processor: ProcessorMixin
@@ -226,6 +270,16 @@ class SemiSupervisedObjective(Objective):
         lengths = counts.sum(1).long().tolist()
         rows = [tuple(row[:length]) for row, length in zip(tokens.tolist(), lengths)]
         return [self.answers.answers[row] for row in rows], total.exp()
+
+
+def _end_tokens(model: nn.Module, processor: ProcessorMixin) -> list[int]:
+    ends = extract_model_from_parallel(model).generation_config.eos_token_id
+    ends = processor.tokenizer.eos_token_id if ends is None else ends
+    return list(ends) if isinstance(ends, (list, tuple)) else [ends]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _changed(sample: Mapping[str, Any], change: Change | None) -> dict[str, Any]:

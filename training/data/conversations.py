@@ -24,7 +24,9 @@ class BadRow(ValueError):
     """Why a row cannot be used."""
 
 
-def to_conversation(turns: Any, images: Any, num_videos: int = 0) -> tuple[list[dict], list[dict]]:
+def to_conversation(
+    turns: Any, images: Any, num_videos: int = 0, needs_answer: bool = True
+) -> tuple[list[dict], list[dict]]:
     """Messages as TRL has them, each content a list of `{"type", "text"}`, and pictures as `datasets.Image(decode=False)`.
 
     Args:
@@ -33,6 +35,7 @@ def to_conversation(turns: Any, images: Any, num_videos: int = 0) -> tuple[list[
         images: What the row has beside them: nothing, one picture, or a list; each a path, a URL, bytes, or
             `{"bytes", "path"}`.
         num_videos: Of the row; they stay where they are.
+        needs_answer: Whether there must be one.
 
     Returns:
         The messages, and `[{"bytes", "path"}]`, as many as there are blocks of type `image`. If nothing in the messages
@@ -59,7 +62,7 @@ def to_conversation(turns: Any, images: Any, num_videos: int = 0) -> tuple[list[
         first["content"] = [*({"type": "image", "text": None} for _ in pictures), *first["content"]]
     elif places != len(pictures):
         raise BadRow(f"the messages place {places} pictures, but the row has {len(pictures)}")
-    if not any(
+    if needs_answer and not any(
         message["role"] == "assistant" and any((block["text"] or "").strip() for block in message["content"])
         for message in messages
     ):

@@ -116,7 +116,7 @@ def sample_of(row: Mapping[str, Any], rows: Rows, source: Source, seed: int) -> 
     if rows.format == "messages":
         videos = row.get("videos")
         turns = row.get(columns["messages"])
-        messages, pictures = to_conversation(turns, images, len(videos) if videos else 0)
+        messages, pictures = to_conversation(turns, images, len(videos) if videos else 0, source.needs_answers)
     else:
         question, answer = _question_and_answer(row, rows, source, seed)
         given = [] if images is None else images if isinstance(images, list) else [images]

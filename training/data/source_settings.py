@@ -36,6 +36,7 @@ class Source:
         weight: The same, relative to the other sources.
         max_samples: At most so many, drawn at random (streamed: the first).
         skip_bad_rows: Leave out rows that cannot be used, and say how many, where they would be an error.
+        needs_answers: Whether a conversation without an answer cannot be used; such are for semi-supervised training.
         max_unreadable: Share of missing pictures from which on it is an error.
         streaming: Read while training.
         shuffle_buffer: How many samples are shuffled together if streamed; 0 for the order of the files.
@@ -60,6 +61,7 @@ class Source:
     weight: float | None = None
     max_samples: int | None = None
     skip_bad_rows: bool = False
+    needs_answers: bool = True
     max_unreadable: float = 0.01
     streaming: bool = False
     shuffle_buffer: int = 1000
@@ -79,7 +81,7 @@ _KNOWN = [entry.name for entry in fields(Source)]
 _TYPES = {
     **dict.fromkeys(("share", "weight", "max_unreadable"), (int, float)),
     **dict.fromkeys(("max_samples", "shuffle_buffer"), int),
-    **dict.fromkeys(("streaming", "skip_bad_rows"), bool),
+    **dict.fromkeys(("streaming", "skip_bad_rows", "needs_answers"), bool),
     "questions": (list, tuple),
     "classes": Mapping,
     "path": (str, os.PathLike, list, tuple),

@@ -14,6 +14,8 @@ from ...modeling.modeling_anyvlm import AnyVlmCausalLMOutput
 
 #: Key of a batch: `{name of an objective: what its `collate` made of the samples}`. The model never sees it.
 OBJECTIVE_INPUTS = "objective_inputs"
+#: Arguments of an objective that no recipe sets.
+_GIVEN = ("model", "processor")
 
 
 @dataclass
@@ -61,14 +63,32 @@ class Objective(nn.Module):
 
     @classmethod
     def settings(cls) -> dict[str, Any]:
-        """What a recipe may set, with its default, `inspect.Parameter.empty` for what it must: all arguments but `model`."""
+        """What a recipe may set, with its default, `inspect.Parameter.empty` for what it must: all arguments but `model`
+        and `processor`."""
         parameters = inspect.signature(cls).parameters
-        return {name: parameter.default for name, parameter in parameters.items() if name != "model"}
+        return {name: parameter.default for name, parameter in parameters.items() if name not in _GIVEN}
 
     @classmethod
-    def from_settings(cls, model: nn.Module, settings: Mapping[str, Any]) -> "Objective":
-        """The objective for a model, from what a recipe says. An argument called `model` gets the model."""
-        own = {"model": model} if "model" in inspect.signature(cls).parameters else {}
+    def settings_errors(cls, settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """What is wrong with settings that a recipe may set, as far as they tell it alone: `(key, sentence)`."""
+        return []
+
+    @classmethod
+    def try_settings(cls, model: nn.Module, processor: ProcessorMixin, settings: Mapping[str, Any]) -> None:
+        """Whether they suit a model that is not yet prepared for training; so that a late stage does not fail at its
+        beginning.
+
+        Raises:
+            ValueError: they do not.
+        """
+
+    @classmethod
+    def from_settings(
+        cls, model: nn.Module, settings: Mapping[str, Any], processor: ProcessorMixin | None = None
+    ) -> "Objective":
+        """The objective for a model, from what a recipe says. Arguments called `model` and `processor` get these."""
+        given = {"model": model, "processor": processor}
+        own = {name: given[name] for name in _GIVEN if name in inspect.signature(cls).parameters}
         return cls(**own, **settings)
 
     def collate(

@@ -6,17 +6,19 @@ from typing import Any
 
 from ..data import OPENING_KEYS, Source, opening_errors, spec_errors
 from .checks import Findings, unknown
-from .domain_data import DOMAIN_KEYS, domain_errors, is_picture_folder
-from .stage_data import SPLITS, described, source_of
+from .domain_data import DOMAIN_KEYS, domain_errors
+from .stage_data import SPLITS, described, source_of, unlabelled_source
+from .unlabelled_data import LOSS, UNLABELLED_KEYS, is_picture_folder, unlabelled_errors
 from .yaml_file import KeyPath
 
 
 _KEYS = (
     *SPLITS,
-    *(entry.name for entry in fields(Source) if entry.name != "path"),
+    *(entry.name for entry in fields(Source) if entry.name not in ("path", "needs_answers")),
     "stopping_strategy",
     *OPENING_KEYS,
     *DOMAIN_KEYS,
+    *UNLABELLED_KEYS,
 )
 
 
@@ -46,7 +48,11 @@ def check_stage_data(values: dict[str, Any], index: int, findings: Findings) -> 
     if unknown_keys:
         return
     losses = stage["losses"] if isinstance(stage.get("losses"), dict) else {}
-    for keys, message in [*opening_errors(data), *domain_errors(data, losses)]:
+    if LOSS in losses and not data.get("unlabelled"):
+        findings.add(
+            ("stages", index, "losses", LOSS), "there are no pictures without answers; write `unlabelled` in `data`."
+        )
+    for keys, message in [*opening_errors(data), *domain_errors(data, losses), *unlabelled_errors(data, losses)]:
         findings.add((*next(path for path, holder in holders if keys[0] in holder), *keys), f"{message}.")
     entries = data["train"] if isinstance(data.get("train"), list) else [data.get("train")]
     streams = [data, *(entry for entry in entries if isinstance(entry, dict))]
@@ -68,6 +74,13 @@ def check_stage_data(values: dict[str, Any], index: int, findings: Findings) -> 
         for keys, message in [] if is_picture_folder(source) else spec_errors(described(source, data)):
             inside = isinstance(source, dict) and keys and keys[0] in source
             findings.add((*here, "domains", name, *(keys if inside else ())), f"{message}.")
+
+    source = data.get("unlabelled")
+    if source is not None and not is_picture_folder(source):
+        here = next(path for path, holder in holders if "unlabelled" in holder)
+        for keys, message in spec_errors(unlabelled_source(data)):
+            inside = isinstance(source, dict) and keys and keys[0] in source
+            findings.add((*here, "unlabelled", *(keys if inside else ())), f"{message}.")
 
 
 def _as_written(keys: KeyPath, data: dict[str, Any], split: str) -> KeyPath:

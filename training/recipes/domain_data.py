@@ -1,8 +1,9 @@
 """Pictures of other kinds, without answers, beside those that are learnt from: `domains` in a recipe's `data`."""
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
+
+from .unlabelled_data import is_picture_folder, picture_folder_errors
 
 
 #: Keys of `data` that are about other kinds of pictures.
@@ -11,8 +12,6 @@ DOMAIN_KEYS = ("domains", "source_domain")
 SOURCE_DOMAIN = "source"
 #: The loss that they are for.
 LOSS = "domain_adversarial"
-
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 def domain_names(data: Mapping[str, Any]) -> list[str]:
@@ -27,24 +26,6 @@ def with_domains(losses: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str
         settings = dict(written) if isinstance(written, dict) else {"weight": written}
         losses[LOSS] = {"domains": domain_names(data), **settings}
     return losses
-
-
-def is_picture_folder(source: Any) -> bool:
-    """Whether it is `{pictures: FOLDER, question: …}`: nothing but pictures, all with one question."""
-    return isinstance(source, Mapping) and "pictures" in source
-
-
-def picture_rows(source: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Samples without answers, of all pictures below a folder.
-
-    Raises:
-        ValueError: there are none.
-    """
-    files = sorted(path for path in Path(source["pictures"]).rglob("*") if path.suffix.lower() in _PICTURES)
-    if not files:
-        raise ValueError(f"There is no picture below {source['pictures']}.")
-    question = [{"type": "image"}, {"type": "text", "text": source.get("question", "")}]
-    return [{"messages": [{"role": "user", "content": question}], "images": [str(path)]} for path in files]
 
 
 def domain_errors(data: Mapping[str, Any], losses: Iterable[str]) -> list[tuple[tuple, str]]:
@@ -63,9 +44,5 @@ def domain_errors(data: Mapping[str, Any], losses: Iterable[str]) -> list[tuple[
         errors.append((("domains",), f"one is called {own!r}, as the pictures with answers are; set `source_domain`"))
     for name, source in domains.items():
         if is_picture_folder(source):
-            unknown = ", ".join(sorted(source.keys() - {"pictures", "question"}))
-            if unknown:
-                errors.append((("domains", name), f"{unknown}: beside `pictures` there is only `question`"))
-            if not Path(str(source["pictures"])).is_dir():
-                errors.append((("domains", name, "pictures"), f"there is no folder {source['pictures']}"))
+            errors += [(("domains", name, *keys), text) for keys, text in picture_folder_errors(source)]
     return errors

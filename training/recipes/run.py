@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
 from ..collator import AnyVlmDataCollator
+from ..objectives.registry import try_losses
 from ..packing import enable_packing
 from .arguments import training_arguments
 from .run_folder import RunFolder
@@ -94,6 +95,7 @@ def try_data(stages: Sequence[Stage], seed: int, model: PreTrainedModel, process
                     collator(first_samples(dataset))
             if stage.packing:
                 enable_packing(model, collator, first_samples(train))
+            try_losses(stage.losses, model, processor)
             if stage.forgetting.get("texts"):
                 held_out_texts(stage.forgetting["texts"])
         except (ValueError, OSError) as error:

@@ -11,9 +11,11 @@ from transformers import ProcessorMixin
 from ..data import OPENING_KEYS, augmentation_sheet, open_pictures, open_training_data
 from ..data.readable import REPORT_NAME
 from ..domains import MixedDomains
+from ..semi_supervised import WithUnlabelled
 from ..text_replay import cut_texts, mix_text_replay
-from .domain_data import DOMAIN_KEYS, domain_names, is_picture_folder, picture_rows
+from .domain_data import DOMAIN_KEYS, domain_names
 from .schema import Stage
+from .unlabelled_data import PER_SAMPLE, UNLABELLED_KEYS, is_picture_folder, picture_rows
 
 
 #: Keys of `data` that name sources; all others describe them.
@@ -29,7 +31,8 @@ def described(source: Any, data: dict[str, Any]) -> Any:
     """A source with what `data` says of all of them; `None` stays."""
     if source is None:
         return None
-    shared = {key: value for key, value in data.items() if key not in (*SPLITS, *OPENING_KEYS, *DOMAIN_KEYS)}
+    others = (*SPLITS, *OPENING_KEYS, *DOMAIN_KEYS, *UNLABELLED_KEYS)
+    shared = {key: value for key, value in data.items() if key not in others}
     if isinstance(source, dict):
         return {**shared, **source}
     if isinstance(source, list) and not all(isinstance(entry, str) for entry in source):
@@ -80,12 +83,35 @@ def stage_dataset(
                 "domains: streamed data cannot be mixed with other kinds of pictures. Leave out `streaming`."
             )
         train = MixedDomains(train, targets, source_domain=domain_names(stage.data)[0], seed=seed)
+    if stage.data.get("unlabelled"):
+        train = _with_unlabelled(train, stage.data, seed, folder)
     replay = stage.text_replay
     if replay.get("texts"):
         max_length = replay.get("max_length") or stage.max_length or 512
         texts = cut_texts(held_out_texts(replay["texts"]), processor, max_length)
         train = mix_text_replay(train, texts, replay.get("share", 0.2), seed)
     return train, held_out
+
+
+def _with_unlabelled(train: Any, data: dict[str, Any], seed: int, folder: str | os.PathLike | None) -> WithUnlabelled:
+    """Each sample brings some of the pictures without answers."""
+    source = data["unlabelled"]
+    report = None if folder is None else os.path.join(folder, f"unlabelled_{REPORT_NAME}")
+    if is_picture_folder(source):
+        unlabelled = open_pictures(picture_rows(source), seed=seed, report=report)
+    else:
+        # They are changed by the loss itself, for those who ask and for those who learn each in another way.
+        unlabelled = open_training_data(unlabelled_source(data), data, seed=seed, report=report, training=False)
+    if not (hasattr(train, "__len__") and hasattr(unlabelled, "__len__")):
+        raise ValueError(
+            "unlabelled: streamed data cannot be paired with pictures without answers. Leave out `streaming`."
+        )
+    return WithUnlabelled(train, unlabelled, data.get("unlabelled_per_sample") or PER_SAMPLE, seed)
+
+
+def unlabelled_source(data: dict[str, Any]) -> Any:
+    """What `load_training_data` takes, of pictures of which some or all have no answer."""
+    return {"needs_answers": False, **described(data["unlabelled"], data)}
 
 
 def first_samples(dataset: Any, number: int = 4) -> list[Any]:

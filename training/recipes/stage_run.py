@@ -30,6 +30,7 @@ from .schema import Recipe, Stage
 from .stage_data import first_samples, held_out_texts, stage_dataset
 from .stage_parts import dtypes_of, in_single_precision, prepare_parts, restore_dtypes, without_adapters
 from .summary import StageResult, losses_of
+from .unlabelled_data import with_max_length
 
 
 def run_stage(
@@ -55,7 +56,8 @@ def run_stage(
     dtypes = {**dtypes_of(adapted), **dtypes}  # of bottleneck adapters too, which stay in the model
     if arguments.bf16 or arguments.fp16:
         in_single_precision(adapted)
-    objectives, weights = build_losses(with_domains(stage.losses, stage.data), adapted)
+    losses = with_max_length(with_domains(stage.losses, stage.data), stage.max_length)
+    objectives, weights = build_losses(losses, adapted, processor)
     collator = stage_collator(recipe, stage, adapted, processor, arguments, objectives)
     if stage.packing:
         enable_packing(adapted, collator, first_samples(train_dataset))

@@ -149,6 +149,10 @@ def _check_feature_cache(values: dict[str, Any], stage: dict[str, Any], path: Ke
                 "changed pictures are others in each epoch, and their features cannot be kept; leave this out, or"
             )
             findings.add((*where, "augmentation"), f"{message} `feature_cache` of the stage.")
+    if stage.get("feature_cache") and "semi_supervised" in _mapping(stage, "losses"):
+        findings.add(
+            path, "semi_supervised learns from changed pictures, whose features cannot be kept; leave one out."
+        )
     trained = [
         name
         for name, written in stage["parts"].items()
@@ -166,7 +170,8 @@ def _check_losses(losses: dict[str, Any], path: KeyPath, findings: Findings) -> 
             findings.add((*path, name), unknown(name, (LANGUAGE_MODEL, *OBJECTIVES), "loss"))
             continue
         for problem in check_losses({name: setting}):
-            findings.add((*path, name), problem.removeprefix(f"losses.{name}: "))
+            where, _, message = problem.partition(": ")
+            findings.add((*path, *where.split(".")[1:]), message)
 
 
 def _check_loss_mixing(stage: dict[str, Any], path: KeyPath, findings: Findings) -> None:
