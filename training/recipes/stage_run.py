@@ -220,10 +220,12 @@ def _save(
 
 
 def _of_this_package(caught: list[Any]) -> list[str]:
-    """Warnings of this package, once each; those of others are shown as ever."""
+    """Warnings of this package, once each; those of others are shown as ever, now that the training is over."""
     own = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    found = []
+    found, shown = [], {}
     for warning in caught:
         if issubclass(warning.category, UserWarning) and os.path.abspath(warning.filename).startswith(own):
             found.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno, registry=shown)
     return list(dict.fromkeys(found))

@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from tiny_run import write_data, write_model
 from transformers import AutoModelForCausalLM, AutoProcessor, TrainerCallback
 
@@ -109,6 +111,8 @@ def test_the_trained_model_loads_alone_and_nothing_half_is_left(run):
     assert AutoProcessor.from_pretrained(output, trust_remote_code=True).image_token
     assert (output / "anyvlm_checkpoint.py").is_file()
     assert (output / "adapter" / "adapter_model.safetensors").is_file()
+    of_adapter = json.loads((output / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert of_adapter["base_model_name_or_path"] == str(output / "stages" / "1-projector" / "model")
     assert not (output / "stages" / "2-all" / "model").exists()
     assert not list(output.rglob("*.partial"))
 
@@ -312,3 +316,30 @@ def test_text_is_replayed_and_kept_to_by_a_loss(tiny, tmp_path):
     with pytest.raises(RecipeError, match="(?s)text_replay.*texts.*share") as error:
         load_recipe(write_recipe(tmp_path, tiny, [stage], **wrong))
     assert len(error.value.problems) == 2
+
+
+class Warn(TrainerCallback):
+    """Warnings from a file of nobody's."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        exec(compile("import warnings; warnings.warn('from elsewhere')", "/elsewhere.py", "exec"), {})
+
+
+def test_with_adapters_there_is_no_copy_of_the_language_model_and_no_warning_but_that_of_others(tiny, tmp_path):
+    stage = {
+        "name": "a",
+        "max_steps": 2,
+        "parts": {"projector": 1e-3, "language_model": "lora"},
+        "losses": {"language_model": 1.0, "text_kl": 0.5},
+    }
+    replay = {"text_replay": {"texts": str(tiny["folder"] / "texts.txt"), "share": 0.5}}
+    changes = {"data": {"train": tiny["data"], "eval": tiny["data"]}, **replay}
+    recipe = load_recipe(write_recipe(tmp_path, tiny, [stage], **changes))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default", UserWarning)
+        train_recipe(recipe, callbacks=lambda of: [Warn()])
+    shown = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+    assert shown == ["from elsewhere"]
+    kept = load_file(tmp_path / "out" / "stages" / "1-a" / "checkpoint-2" / "objectives.safetensors")
+    (of_the_copy,) = [tensor for name, tensor in kept.items() if "text_kl" in name]
+    assert not of_the_copy.any(), "the fingerprint of none"
