@@ -11,7 +11,11 @@ import anyvlm
 from anyvlm.compatibility import tiny_configs
 from anyvlm.training.domains import MixedDomains, without_answers
 from anyvlm.training.objectives.base import ObjectiveBatch
-from anyvlm.training.objectives.domain_adversarial import DomainAdversarialObjective, reversal_strength
+from anyvlm.training.objectives.domain_adversarial import (
+    DomainAdversarialObjective,
+    classifier_gradient_penalty,
+    reversal_strength,
+)
 from anyvlm.training.trainer import AnyVlmTrainer
 
 
@@ -114,8 +118,47 @@ def test_the_ramp_is_the_papers():
     )
 
 
+def test_gradient_penalty_is_that_of_finite_differences():
+    torch.manual_seed(0)
+    classifier = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3)).double()
+    features, domains = torch.randn(5, 4).double(), torch.tensor([0, 2, 1, 1, 0])
+    found = classifier_gradient_penalty(classifier, features, domains)
+
+    def margin(row: torch.Tensor, domain: int) -> float:
+        scores = classifier(row).tolist()
+        return scores.pop(domain) - sum(scores) / 2
+
+    lengths = []
+    for row, domain in zip(features, domains.tolist()):
+        steps = 1e-5 * torch.eye(4, dtype=torch.double)
+        slopes = [(margin(row + step, domain) - margin(row - step, domain)) / 2e-5 for step in steps]
+        lengths.append(sum(slope**2 for slope in slopes))
+    assert found.item() == pytest.approx(np.mean(lengths), rel=1e-6)
+    # Twice the scores, twice the gradient: what is learnt from it is a smaller scale, in the last weights too.
+    (slope,) = torch.autograd.grad(found, [classifier[2].weight])
+    assert (slope * classifier[2].weight).sum().item() == pytest.approx(2 * found.item(), rel=1e-6)
+
+
+def test_the_penalty_is_the_classifiers_alone():
+    model, processor = composed()
+    plain, penalised = objective_for(model), objective_for(model, gradient_penalty=3.0)
+    penalised.load_state_dict(plain.state_dict())
+    tower = list(model.vision_tower.parameters())
+    gradients, losses = [], []
+    for objective in (plain, penalised):
+        batch = batch_for(model, processor, objective, MIXED)
+        losses.append(objective(batch))
+        parameters = tower + list(objective.parameters())
+        gradients.append(torch.autograd.grad(losses[-1], parameters, allow_unused=True))
+    torch.testing.assert_close(losses[1] - losses[0], 3 * batch.metrics["gradient_penalty"])
+    torch.testing.assert_close(gradients[0][: len(tower)], gradients[1][: len(tower)])
+    assert not torch.allclose(gradients[0][-2], gradients[1][-2])
+
+
 def test_bad_input_is_one_clear_error():
     model, processor = composed()
+    with pytest.raises(ValueError, match="gradient_penalty must be 0 or more"):
+        objective_for(model, gradient_penalty=-1.0)
     with pytest.raises(ValueError, match="two or more different domains"):
         DomainAdversarialObjective(model, ["photo"])
     objective = objective_for(model)
