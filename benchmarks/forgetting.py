@@ -3,17 +3,20 @@
     python benchmarks/forgetting.py --models ../shared/models --output runs/forgetting.json
 
 A model of the first layers of DINOv2-S, frozen, and stories-15m, a language model of children's stories, learns to name the
-pictures of Fashion-MNIST. Three ways: `plain`; `replay`, with stories among the pictures; and `kl`, where beside that the
-language model stays near itself as it was on these stories (TextKLObjective). Each sees every picture equally often. Told
-are the share of test pictures with exactly the right answer, and the perplexity on held-out stories before and after.
+pictures of Fashion-MNIST. Three ways: `plain`; `replay`, with stories among the pictures; and `kl`, where the language model
+stays near itself as it was on these stories (TextKLObjective), which stand beside the pictures and have no other loss. All
+make as many steps, with the same pictures and rates. Told are the share of test pictures with exactly the right answer,
+and the perplexity on held-out stories before and after.
 
 The stories are the language model's own, drawn at temperature 1 from its start token: no text has to be fetched, and
-replaying a model's own words is what one can do when its data are not at hand. Replayed and held-out stories are
-drawn with different seeds.
+its own words are what one has when its data are not at hand. Stories beside the pictures and held-out ones are drawn with
+different seeds, and each of the former is read once.
+
+The settings were chosen with seed 100, which is not among those that are reported.
 
 `--models` is a folder with `dinov2-small` and `stories-15m`. The pictures are those of Debian's package
 dataset-fashion-mnist: found where it is installed, fetched with `apt-get download` otherwise, or in `--data`. All seeds take
-about 6 minutes of one core.
+about 7 minutes of one core.
 """
 
 import json
@@ -46,14 +49,14 @@ import anyvlm
 from anyvlm.training.forgetting import ForgettingCallback
 from anyvlm.training.objectives.text_kl import TextKLObjective
 from anyvlm.training.parts.trained_parts import train_parts
-from anyvlm.training.text_replay import mix_text_replay
+from anyvlm.training.text_replay import mix_text_replay, put_texts_beside
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from swap_tower import NAMES, fashion_mnist  # noqa: E402 - it is beside, and no package
 
 
-ARMS = {"plain": "plain tuning", "replay": "with text replay", "kl": "with text replay and KL"}
+ARMS = {"plain": "plain tuning", "replay": "with text replay", "kl": "with KL on text"}
 BEGIN, END = "<!-- made by benchmarks/forgetting.py: begin -->", "<!-- made by benchmarks/forgetting.py: end -->"
 console = Console()
 
@@ -114,17 +117,21 @@ def train(arm: str, seed: int, data: list[np.ndarray], folders: dict, texts: dic
     trained = train_parts(model, rates)
     dataset = Pictures(pixels[order], labels[order], names=NAMES)
     objectives = {"text_kl": TextKLObjective(model)} if arm == "kl" else {}
-    if arm != "plain":
-        samples = [{"text": text, "complete": False} for text in texts["replay"]]
-        dataset = mix_text_replay(dataset, samples, settings["share"], seed)
+    samples = [{"text": text, "complete": False} for text in texts["beside"]]
+    batch_size, texts_each = settings["batch_size"], settings["texts"]
+    if arm == "replay":
+        dataset = mix_text_replay(dataset, samples, texts_each / (1 + texts_each), seed)
+        batch_size = round(batch_size * (1 + texts_each))  # as many pictures in a step
+    elif arm == "kl":
+        dataset = put_texts_beside(dataset, samples, texts_each, seed)
     with tempfile.TemporaryDirectory() as output:
         arguments = TrainingArguments(
             output,
             num_train_epochs=1,
-            per_device_train_batch_size=settings["batch_size"],
+            per_device_train_batch_size=batch_size,
             lr_scheduler_type="cosine",
-            warmup_steps=0.25,  # of all
-            adam_beta2=0.95,  # the first gradients, of an untrained projector, are large and must be forgotten soon
+            warmup_steps=0.1,  # of all
+            adam_beta2=0.98,  # the first gradients, of an untrained projector, are large and must be forgotten soon
             logging_steps=20,
             save_strategy="no",
             report_to="none",
@@ -164,9 +171,9 @@ def train(arm: str, seed: int, data: list[np.ndarray], folders: dict, texts: dic
 def markdown(results: list[dict], settings: dict) -> str:
     """The table of the docs."""
     lines = [
-        f"stories-15m, all weights tuned on {settings['pictures']:,} questions about pictures; perplexity on "
-        f"{settings['held_out']} held-out stories, {results[0]['before']:.2f} before; {settings['share']:.0%} of the "
-        "samples are text where there is replay.",
+        f"stories-15m, all weights tuned on {settings['pictures']:,} questions about pictures, in "
+        f"{results[0]['steps']} steps; perplexity on {settings['held_out']} held-out stories, {results[0]['before']:.2f} "
+        f"before; {round(settings['pictures'] * settings['texts'])} other stories where there is text.",
         "",
         "| | seed | perplexity after | change | exact answers |",
         "|---|---|---|---|---|",
@@ -197,14 +204,14 @@ def main(
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 3,
     first_seed: Annotated[int, typer.Option(help="The first of them.")] = 0,
     arms: Annotated[str, typer.Option(help="Which, separated by commas.")] = ",".join(ARMS),
-    pictures: Annotated[int, typer.Option(help="Pictures to learn from, each seen once.")] = 400,
-    share: Annotated[float, typer.Option(help="Of text among the samples, where there is any.")] = 0.25,
+    pictures: Annotated[int, typer.Option(help="Pictures to learn from, each seen once.")] = 600,
+    texts: Annotated[float, typer.Option(help="Stories for each picture, where there are any.")] = 0.5,
     tokens: Annotated[int, typer.Option(help="Most tokens of a story.")] = 48,
     held_out: Annotated[int, typer.Option(help="Held-out stories.")] = 48,
-    batch_size: Annotated[int, typer.Option(help="Samples in a step.")] = 8,
-    language_model_rate: Annotated[float, typer.Option(help="Learning rate of the language model.")] = 1e-4,
+    batch_size: Annotated[int, typer.Option(help="Pictures in a step.")] = 4,
+    language_model_rate: Annotated[float, typer.Option(help="Learning rate of the language model.")] = 4e-5,
     projector_rate: Annotated[float, typer.Option(help="Learning rate of the projector.")] = 1e-3,
-    kl_weight: Annotated[float, typer.Option(help="Weight of the KL term.")] = 5.0,
+    kl_weight: Annotated[float, typer.Option(help="Weight of the KL term.")] = 10.0,
     test: Annotated[int, typer.Option(help="Test pictures.")] = 500,
     quick: Annotated[bool, typer.Option("--quick", help="Random pictures, tiny random parts: does it run?")] = False,
 ) -> None:
@@ -224,7 +231,7 @@ def main(
         folders = {"tower": models / "dinov2-small", "text": models / "stories-15m"}
     settings = {
         "pictures": pictures,
-        "share": share,
+        "texts": texts,
         "tokens": tokens,
         "held_out": held_out,
         "batch_size": batch_size,
@@ -233,19 +240,19 @@ def main(
         "kl_weight": kl_weight,
         "test": test,
     }
-    replayed = max(round(pictures * share / (1 - share)), 1)
-    kept = output.parent / f"stories-{'quick' if quick else 'trained'}-{replayed}-{held_out}-{tokens}.json"
+    beside = round(pictures * texts)
+    kept = output.parent / f"stories-{'quick' if quick else 'trained'}-{beside}-{held_out}-{tokens}.json"
     if not kept.exists():
         told = {
-            "replay": stories(folders["text"], replayed, tokens, seed=1000),
+            "beside": stories(folders["text"], beside, tokens, seed=1000),
             "held_out": stories(folders["text"], held_out, tokens, seed=2000),
         }
         kept.write_text(json.dumps(told))
-    texts = json.loads(kept.read_text())
+    read = json.loads(kept.read_text())
     results = []
     for seed in range(first_seed, first_seed + seeds):
         for arm in arms.split(","):
-            results.append(train(arm, seed, made, folders, texts, settings))
+            results.append(train(arm, seed, made, folders, read, settings))
             numbers = {key: round(value, 4) for key, value in results[-1].items() if key not in ("arm", "seed")}
             console.print(f"{ARMS[arm]}, seed {seed}: {numbers}")
     output.write_text(json.dumps({"settings": settings, "results": results}, indent=2) + "\n")

@@ -11,6 +11,10 @@ import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 
+#: Under this key a sample has texts that are for `TextKLObjective` alone.
+BESIDE = "texts_beside"
+
+
 def mix_text_replay(dataset: Any, texts: Sequence | Any, share: float = 0.2, seed: int = 0) -> Any:
     """The data set with text among its samples, such that `share` of all samples are text.
 
@@ -34,6 +38,28 @@ def mix_text_replay(dataset: Any, texts: Sequence | Any, share: float = 0.2, see
     if isinstance(dataset, torch.utils.data.IterableDataset):  # those of `datasets` are, too
         return _StreamWithText(dataset, texts, share, seed)
     return _WithText(dataset, texts, share, seed)
+
+
+def put_texts_beside(dataset: Any, texts: Sequence | Any, per_sample: float = 0.5, seed: int = 0) -> Any:
+    """The data set with texts beside its samples, for `TextKLObjective` alone: the language model's loss is not about them.
+
+    With `mix_text_replay` it is, which is right where the texts say more than the language model knows. On its own words
+    that loss has an expected gradient of zero and is noise, which an optimiser such as Adam makes steps of.
+
+    Args:
+        dataset: Samples with pictures: anything with a length and indices.
+        texts: As for `mix_text_replay`.
+        per_sample: Texts for each sample; 0.5 puts one beside every second.
+        seed: Of the order of the texts.
+
+    Raises:
+        ValueError: `per_sample` is not positive, or there are no texts.
+    """
+    if per_sample <= 0:
+        raise ValueError(f"per_sample={per_sample}: the number of texts for each sample is positive, such as 0.5.")
+    if len(texts) == 0:
+        raise ValueError("There are no texts. Pass texts like those that the language model was made for.")
+    return _TextsBeside(dataset, texts, per_sample, seed)
 
 
 def cut_texts(
@@ -96,6 +122,22 @@ class _WithText(torch.utils.data.Dataset):
             raise IndexError(index)
         own = len(self.dataset)
         return self.dataset[index] if index < own else self.texts[index - own]
+
+
+class _TextsBeside(torch.utils.data.Dataset):
+    """The samples, some with texts under `BESIDE`; always the same ones, so that a resumed run sees what it would have."""
+
+    def __init__(self, dataset: Any, texts: Sequence, per_sample: float, seed: int):
+        self.dataset, self.texts, self.per_sample = dataset, _Texts(texts, seed), per_sample
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        first, end = int(index * self.per_sample), int((index + 1) * self.per_sample)
+        return {**self.dataset[index], BESIDE: [self.texts[number] for number in range(first, end)]}
 
 
 class _StreamWithText(torch.utils.data.IterableDataset):

@@ -8,7 +8,8 @@ from model_tester import picture
 from tiny_parts import text_config, tiny_tokenizer, vision_config
 
 import anyvlm
-from anyvlm.training.text_replay import cut_texts, mix_text_replay
+from anyvlm.training.objectives.text_kl import TextKLObjective
+from anyvlm.training.text_replay import BESIDE, cut_texts, mix_text_replay, put_texts_beside
 
 
 SAMPLES = [
@@ -75,3 +76,37 @@ def test_shares_that_cannot_be_are_refused():
         mix_text_replay(SAMPLES, ["w1 w2"], share=1.5)
     with pytest.raises(ValueError, match="needs texts"):
         mix_text_replay(SAMPLES, [])
+
+
+@pytest.mark.parametrize("per_sample, number", [(0.5, 6), (0.4, 4), (2, 24)])
+def test_texts_beside_samples(per_sample, number):
+    """As many as asked for, each text before any comes twice, the samples as they were, and the same at every look."""
+    texts = [f"w{index}" for index in range(number)]
+    dataset = put_texts_beside(SAMPLES, texts, per_sample)
+    assert len(dataset) == len(SAMPLES)
+    looks = [[dataset[index] for index in order] for order in (range(12), reversed(range(12)))]
+    beside = [sample.pop(BESIDE) for sample in looks[0]]
+    assert sorted(text["text"] for texts in beside for text in texts) == sorted(texts)
+    assert looks[0] == SAMPLES
+    assert [sample[BESIDE] for sample in looks[1]] == beside[::-1]
+
+
+def test_texts_beside_are_no_row_of_the_batch():
+    """Only an objective reads them."""
+    model, processor = anyvlm.compose(
+        vision=vision_config("clip_vision_model"), text=text_config("llama"), tokenizer=tiny_tokenizer()
+    )
+    objective = TextKLObjective(model)
+    collator = anyvlm.AnyVlmDataCollator(processor, objectives={"text_kl": objective})
+    texts = [{"text": "w1 w2 w3"}, {"text": "w4 w5", "complete": False}]
+    batch = collator([put_texts_beside(SAMPLES, texts, 1)[index] for index in (0, 1)])
+    extra = batch.pop("objective_inputs")["text_kl"]
+    plain = anyvlm.AnyVlmDataCollator(processor)
+    assert all(torch.equal(value, batch[key]) for key, value in plain(SAMPLES[:2]).items())
+    assert sorted(map(tuple, extra["input_ids"].tolist())) == sorted(map(tuple, plain(texts)["input_ids"].tolist()))
+
+
+@pytest.mark.parametrize("texts, per_sample, message", [([], 1, "no texts"), (["w1"], 0, "positive")])
+def test_no_texts_beside(texts, per_sample, message):
+    with pytest.raises(ValueError, match=message):
+        put_texts_beside(SAMPLES, texts, per_sample)

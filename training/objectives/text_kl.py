@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, ProcessorMixin
 from transformers.utils import is_peft_available
 
 from ..collator import AnyVlmDataCollator, place_media
+from ..text_replay import BESIDE
 from .base import Objective, ObjectiveBatch
 from .fingerprint import weights_fingerprint
 from .picture_features import composed_model
@@ -29,7 +30,8 @@ class TextKLObjective(Objective):
     the samples without pictures: what the original thinks probable must stay probable.
 
     The samples are plain text (`{"text": …}`) or conversations without pictures, as `mix_text_replay` puts them among
-    the others. They run a second time, by themselves, so the measure is the same with packed batches.
+    the others; and the texts that `put_texts_beside` puts beside them, which have no other loss. They run by themselves, the
+    former a second time, so the measure is the same with packed batches.
 
     The original is a frozen copy; for a model with adapters, and nothing else of the language model trained, it is the same
     model with the adapters switched off, and takes no memory. It is in no checkpoint. A run that goes on after a break makes
@@ -94,6 +96,7 @@ class TextKLObjective(Objective):
     ) -> dict[str, Any]:
         """`input_ids` and `attention_mask` `(samples without pictures, length)`; nothing if there are none."""
         texts = [sample for sample in samples if _is_text(sample)]
+        texts += [text for sample in samples for text in sample.get(BESIDE, ())]
         if not texts:
             return {}
         rows = AnyVlmDataCollator(processor)(texts)
@@ -106,7 +109,7 @@ class TextKLObjective(Objective):
             if self._batches_without_text == _BATCHES_WITHOUT_TEXT:
                 warnings.warn(
                     f"TextKLObjective has seen no text in {_BATCHES_WITHOUT_TEXT} batches, so nothing keeps the language "
-                    "model near itself. Mix samples without pictures into the training (mix_text_replay).",
+                    "model near itself. Mix samples without pictures into the training (mix_text_replay, put_texts_beside).",
                     stacklevel=2,
                 )
             return None
