@@ -6,11 +6,11 @@ A small tower and a small language model, both new, are composed and learn to na
 pictures in half the contrast and with noise, they are worse. With `DomainAdversarialObjective`, other noisy pictures come
 along without answers. The table has, for every seed: exact answers about held-out pictures of both kinds (`generate`), and
 how well a new classifier (scikit-learn's logistic regression, cross-validated on held-out pictures of both) tells the kinds
-apart by the tower's pooled features: before the training, without and with adaptation.
+apart by the tower's pooled features: before the training, with the source alone, with both kinds but without the loss, and
+with it. No training sees an answer about a noisy picture.
 
-No training sees an answer about a noisy picture. Settings were compared on part 0 of the pictures and seed 100, also by
-answers about noisy pictures, which are none of those in the table (part 1, seeds 0 to 2). The tower has no batch statistics,
-so pictures without answers change nothing unless there is a loss on them.
+`--choose` is for settings: it says how good the answers are about held-out pictures of the source and how well the kinds are
+told apart, on other seeds and other pictures than those of the table, and nothing about answers that the target has.
 
 Data: Debian's dataset-fashion-mnist, unpacked in --data. `--pair emoji`: Google's emoji to Twitter's, of npm's packages
 emoji-datasource-google and -twitter, fetched into --data if they are not there.
@@ -27,7 +27,8 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from domain_pictures import EDGE, PAIRS, TEST, TRAINING, VALIDATION, Pair
+from domain_learner import QUESTION, Prepared, new_model, samples_of
+from domain_pictures import PAIRS, TEST, TRAINING, VALIDATION, Pair
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -35,17 +36,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
-    ConvNextConfig,
     GenerationConfig,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
     PrinterCallback,
     TrainingArguments,
-    ViTImageProcessorPil,
 )
 from transformers.utils import logging
 
@@ -55,7 +49,8 @@ from anyvlm.training.objectives.domain_adversarial import DomainAdversarialObjec
 from anyvlm.training.trainer import AnyVlmTrainer
 
 
-QUESTION = "kind ?"
+#: Of the table, and those on which settings are chosen.
+FIRST_SEED, FIRST_TO_CHOOSE = 1000, 500
 console = Console(stderr=True)
 
 
@@ -63,95 +58,29 @@ console = Console(stderr=True)
 class Settings:
     """One training: optimiser steps, pictures of each domain in a step, rates of the model and of the classifier."""
 
-    steps: int = 300
-    batch_size: int = 32
-    learning_rate: float = 2e-3
-    classifier_rate: float = 1e-3
-    weight: float = 0.3
+    steps: int = 600
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    classifier_rate: float = 1e-2
+    weight: float = 1.0
+    gradient_penalty: float = 0.3
 
 
-def new_model(classes: Sequence[str], seed: int):
-    """A ConvNeXt of three stages, whose pooled features are one image token of a llama of two layers. Both from configs."""
-    words = sorted({word for text in (QUESTION, *classes) for word in text.replace("-", " - ").split()})
-    vocabulary = {word: index for index, word in enumerate(("<unk>", "<s>", "</s>", "<pad>", *words))}
-    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
-    processor = ViTImageProcessorPil(size={"height": EDGE, "width": EDGE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    return anyvlm.compose(
-        vision=ConvNextConfig(
-            patch_size=4, num_stages=3, hidden_sizes=[48, 64, 32], depths=[1, 1, 1], layer_scale_init_value=1.0
-        ),
-        text=LlamaConfig(
-            vocab_size=len(vocabulary) + 1,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=3,
-        ),
-        tokenizer=tokenizer,
-        image_processor=processor,
-        projector={"type": "avg_pool", "tokens_per_side": 1},
-        seed=seed,
-    )
-
-
-def samples_of(pictures: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> list[dict]:
-    return [
-        {
-            "messages": [
-                {"role": "user", "content": QUESTION},
-                {"role": "assistant", "content": classes[label]},
-            ],
-            "images": [Image.fromarray(picture)],
-        }
-        for picture, label in zip(pictures, labels)
-    ]
-
-
-class Prepared(torch.utils.data.Dataset):
-    """What the collator makes of all samples at once, by rows: the same few words around every picture are not put into
-    tokens again at every step."""
-
-    def __init__(self, lists: Sequence[Sequence[dict]], collator: anyvlm.AnyVlmDataCollator):
-        self.size = len(lists[0])
-        self.batch = collator(list(lists))
-        self.length = len(lists)
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> list[int]:
-        return list(range(index * self.size, (index + 1) * self.size))
-
-    def collate(self, items: Sequence[list[int]]) -> dict[str, Any]:
-        # Those of the source first, as in a batch of its own.
-        rows = torch.tensor(items).T.flatten()
-        extra = self.batch.get("objective_inputs", {})
-        batch = {name: tensor[rows] for name, tensor in self.batch.items() if name != "objective_inputs"}
-        if extra:
-            batch["objective_inputs"] = {
-                name: {key: tensor[rows] for key, tensor in tensors.items()} for name, tensors in extra.items()
-            }
-        return batch
-
-
-def train(pair: Pair, settings: Settings, seed: int, output: Path, adapted: bool):
-    """The model and its processor, trained on the source's samples, with the target's pictures if `adapted`."""
+def train(pair: Pair, settings: Settings, seed: int, output: Path, kind: str):
+    """The model and its processor, trained on the source's samples (`none`), with the target's pictures beside them
+    (`pictures`), with the loss on both (`adapted`)."""
     model, processor = new_model(pair.classes, seed)
     torch.manual_seed(seed)
     source = samples_of(*pair.source.part(TRAINING), pair.classes)
     objectives, lists = {}, [[sample] for sample in source]
-    if adapted:
-        objectives = {
-            "domain": DomainAdversarialObjective(model, ["source", "target"], learning_rate=settings.classifier_rate)
-        }
+    if kind == "adapted":
+        objectives["domain"] = DomainAdversarialObjective(
+            model,
+            ["source", "target"],
+            learning_rate=settings.classifier_rate,
+            gradient_penalty=settings.gradient_penalty,
+        )
+    if kind in ("pictures", "adapted"):
         target = samples_of(*pair.target.part(TRAINING), pair.classes)
         lists = list(MixedDomains(source, {"target": target}, seed=seed))
     prepared = Prepared(lists, anyvlm.AnyVlmDataCollator(processor, objectives=objectives))
@@ -177,7 +106,7 @@ def train(pair: Pair, settings: Settings, seed: int, output: Path, adapted: bool
         train_dataset=prepared,
         data_collator=prepared.collate,
         objectives=objectives,
-        loss_weights={"domain": settings.weight} if adapted else {},
+        loss_weights=dict.fromkeys(objectives, settings.weight),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -228,17 +157,17 @@ def told_apart(model, processor, source: np.ndarray, target: np.ndarray) -> floa
 
 
 def measure(pair: Pair, settings: Settings, seed: int, output: Path) -> dict[str, dict[str, Any]]:
-    """Before the training, without adaptation, and with it."""
+    """Every row of the table."""
     tests = {name: domain.part(TEST) for name, domain in (("source", pair.source), ("target", pair.target))}
     held_out = [domain.part((*VALIDATION, *TEST))[0] for domain in (pair.source, pair.target)]
     found = {}
-    for name in ("before", "none", "adapted"):
+    for name in ROWS:
         started = time.process_time()
         history = []
         if name == "before":
             model, processor = new_model(pair.classes, seed)
         else:
-            model, processor, history = train(pair, settings, seed, output, adapted=name == "adapted")
+            model, processor, history = train(pair, settings, seed, output, name)
         seconds = time.process_time() - started
         found[name] = {
             "told_apart": told_apart(model, processor, *held_out),
@@ -251,7 +180,24 @@ def measure(pair: Pair, settings: Settings, seed: int, output: Path) -> dict[str
     return found
 
 
-ROWS = {"before": "before the training", "none": "source alone", "adapted": "domain-adversarial"}
+def choose(pair: Pair, settings: Settings, seed: int, output: Path) -> dict[str, float]:
+    """What may be known without answers about the target."""
+    model, processor, _ = train(pair, settings, seed, output, "adapted")
+    answered, shown = pair.source.part(VALIDATION), pair.target.part(VALIDATION)[0]
+    found = {
+        "source": exact_answers(model, processor, *answered, pair.classes),
+        "told_apart": told_apart(model, processor, answered[0], shown),
+    }
+    console.print(f"seed {seed}: source {found['source']:.1f}, told apart {found['told_apart']:.1f}")
+    return found
+
+
+ROWS = {
+    "before": "before the training",
+    "none": "source alone",
+    "pictures": "both, without the loss",
+    "adapted": "domain-adversarial",
+}
 
 
 def lines(result: dict[str, Any]) -> list[list[str]]:
@@ -270,16 +216,24 @@ def main(
     output: Annotated[Path, typer.Option(help="JSON with every figure.")] = Path("runs/domain_adaptation.json"),
     data: Annotated[Path, typer.Option(help="Folder with the data, or where it is fetched to.")] = Path("runs/data"),
     pair: Annotated[str, typer.Option(help=f"One of {', '.join(PAIRS)}.")] = "fashion",
-    seeds: Annotated[int, typer.Option(help="How many seeds, from 0 on.", min=1)] = 3,
-    steps: Annotated[int, typer.Option(help="Optimiser steps of each training.")] = 300,
-    weight: Annotated[float, typer.Option(help="Of the domain-adversarial loss.")] = 0.3,
+    seeds: Annotated[int, typer.Option(help=f"How many seeds, from {FIRST_SEED} on.", min=1)] = 3,
+    steps: Annotated[int, typer.Option(help="Optimiser steps of each training.")] = Settings.steps,
+    weight: Annotated[float, typer.Option(help="Of the domain-adversarial loss.")] = Settings.weight,
+    gradient_penalty: Annotated[float, typer.Option(help="Of its classifier.")] = Settings.gradient_penalty,
+    classifier_rate: Annotated[float, typer.Option(help="Learning rate of it.")] = Settings.classifier_rate,
+    choosing: Annotated[
+        bool,
+        typer.Option(
+            "--choose", help=f"Only what needs no answers about the target, seeds from {FIRST_TO_CHOOSE} on."
+        ),
+    ] = False,
     quick: Annotated[bool, typer.Option(help="A few steps on drawn shapes, to see it run.")] = False,
 ) -> None:
     logging.set_verbosity_error()
     torch.set_num_threads(1)
     if pair not in PAIRS:
         raise typer.BadParameter(f"There is no pair {pair!r}. Choose one of {', '.join(PAIRS)}.")
-    settings = Settings(steps=steps, weight=weight)
+    settings = Settings(steps=steps, weight=weight, gradient_penalty=gradient_penalty, classifier_rate=classifier_rate)
     if quick:
         pair, settings = "shapes", Settings(steps=3, batch_size=4)
     domains = PAIRS[pair](data)
@@ -291,10 +245,15 @@ def main(
         }
     output.parent.mkdir(parents=True, exist_ok=True)
     result["settings"] = asdict(settings)
-    result["seeds"] = {str(seed): measure(domains, settings, seed, output.parent) for seed in range(seeds)}
+    first, measured = (FIRST_TO_CHOOSE, choose) if choosing else (FIRST_SEED, measure)
+    result["seeds"] = {
+        str(seed): measured(domains, settings, seed, output.parent) for seed in range(first, first + seeds)
+    }
     partial = output.with_suffix(".part")
     partial.write_text(json.dumps(result, indent=2))
     partial.replace(output)
+    if choosing:
+        return
     table = Table(title=f"{domains.title}, percent")
     for column in ("", "", *(f"seed {seed}" for seed in result["seeds"]), "mean"):
         table.add_column(column, justify="right" if column else "left")

@@ -86,20 +86,31 @@ def _emoji_of(artist: str, data: Path) -> tuple[list, list[str], list[str]]:
 
 
 def fashion(data: Path) -> Pair:
-    """Fashion-MNIST, and other pictures of it in half the contrast with noise (Debian's package dataset-fashion-mnist)."""
+    """Fashion-MNIST, and other pictures of it in half the contrast with noise (Debian's package dataset-fashion-mnist).
+    Those of the test are of its own test set."""
     names = "T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"
-    files = [next(iter(sorted(data.rglob(f"train-{kind}*"))), None) for kind in ("images", "labels")]
+    kinds = [f"{which}-{kind}" for which in ("train", "t10k") for kind in ("images", "labels")]
+    files = [next(iter(sorted(data.rglob(f"{kind}*"))), None) for kind in kinds]
     if None in files:
         raise SystemExit(
             f"The files of Fashion-MNIST are not in {data}. Install Debian's package dataset-fashion-mnist and pass "
             "--data /usr/share/datasets/fashion-mnist."
         )
-    pixels, labels = (_read_idx(path) for path in files)
-    padded = np.pad(pixels[:8000], ((0, 0), (2, 2), (2, 2)))[..., None].repeat(3, axis=-1)
-    parts, labels = np.arange(4000) % 5, labels[:8000].astype(np.int64)
-    noise = np.random.default_rng(0).normal(64, NOISE, padded[4000:].shape)
-    noisy = (CONTRAST * padded[4000:] + noise).clip(0, 255).astype(np.uint8)
-    source, target = Domain(padded[:4000], labels[:4000], parts), Domain(noisy, labels[4000:], parts)
+    pixels, labels, test_pixels, test_labels = (_read_idx(path) for path in files)
+    noise = np.random.default_rng(0)
+
+    def domain(first: int, first_held_out: int, first_of_test: int, is_noisy: bool) -> Domain:
+        """3000 pictures for the training, 800 for choosing settings, 1000 for the test."""
+        chosen = [slice(first, first + 3000), slice(first_held_out, first_held_out + 800)]
+        tested = slice(first_of_test, first_of_test + 1000)
+        drawn = np.concatenate([*(pixels[rows] for rows in chosen), test_pixels[tested]])
+        drawn = np.pad(drawn, ((0, 0), (2, 2), (2, 2)))[..., None].repeat(3, axis=-1)
+        if is_noisy:
+            drawn = (CONTRAST * drawn + noise.normal(64, NOISE, drawn.shape)).clip(0, 255).astype(np.uint8)
+        classes = np.concatenate([*(labels[rows] for rows in chosen), test_labels[tested]]).astype(np.int64)
+        return Domain(drawn, classes, np.repeat([TRAINING[0], VALIDATION[0], TEST[0]], [3000, 800, 1000]))
+
+    source, target = domain(8000, 40000, 0, is_noisy=False), domain(20000, 45000, 5000, is_noisy=True)
     return Pair(source, target, names, "Fashion-MNIST → in half the contrast, with noise")
 
 

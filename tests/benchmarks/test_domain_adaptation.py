@@ -26,20 +26,29 @@ def test_it_runs_and_writes_every_figure(tmp_path, command):
     ran = CliRunner().invoke(command, ["--quick", "--seeds", "2", "--output", str(output)])
     assert ran.exit_code == 0, ran.output
     result = json.loads(output.read_text())
-    assert list(result["seeds"]) == ["0", "1"]
+    assert list(result["seeds"]) == ["1000", "1001"]
     for rows in result["seeds"].values():
-        assert list(rows) == ["before", "none", "adapted"]
+        assert list(rows) == ["before", "none", "pictures", "adapted"]
         assert all(0 <= row[key] <= 100 for row in rows.values() for key in ("source", "target", "told_apart"))
         assert len(rows["adapted"]["classifier"]) == 3
-        assert rows["none"]["classifier"] == []
+        assert rows["none"]["classifier"] == rows["pictures"]["classifier"] == []
     assert "domain-adversarial" in ran.output
+
+
+def test_choosing_says_nothing_about_answers_of_the_target(tmp_path, command):
+    output = tmp_path / "figures.json"
+    ran = CliRunner().invoke(command, ["--quick", "--choose", "--seeds", "1", "--output", str(output)])
+    assert ran.exit_code == 0, ran.output
+    assert {seed: list(row) for seed, row in json.loads(output.read_text())["seeds"].items()} == {
+        "500": ["source", "told_apart"]
+    }
 
 
 def test_a_trained_model_gives_exact_answers(tmp_path):
     """Tall and wide bars are told apart after a little training, and only with the pictures in their places."""
     pair = shapes(tmp_path)
     settings = domain_adaptation.Settings(steps=80, batch_size=16)
-    model, processor, _ = domain_adaptation.train(pair, settings, 0, tmp_path, adapted=False)
+    model, processor, _ = domain_adaptation.train(pair, settings, 0, tmp_path, "none")
     pictures, labels = pair.source.part(TRAINING)
     right = domain_adaptation.exact_answers(model, processor, pictures, labels, pair.classes)
     assert right >= 90
