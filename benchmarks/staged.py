@@ -58,7 +58,7 @@ class Rates:
 
 
 RATES = {
-    "stages": (Rates(1e-3, 1e-4), Rates(1e-3, 5e-4), Rates(2e-3, 5e-4)),
+    "stages": (Rates(1e-3, 5e-5), Rates(1e-3, 1e-4), Rates(1e-3, 5e-4), Rates(2e-3, 5e-4)),
     "tower": (Rates(3e-4, 5e-5), Rates(1e-3, 2e-5), Rates(1e-3, 5e-5)),
 }
 #: Of the model whose tower is swapped.
