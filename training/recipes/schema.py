@@ -103,6 +103,7 @@ FORGETTING: dict[str, Key] = {
 TEXT_REPLAY: dict[str, Key] = {
     "texts": Key("text or list", "texts to replay: a file, one in a line, or a list", required=True),
     "share": Key("number", "of text among all samples; 0.2 is a fifth", above=0, most=0.99),
+    "beside": Key("number", "in place of share: texts for each sample, for the loss text_kl alone", above=0),
     "max_length": Key("integer", "tokens of a piece; longer texts are cut", least=4),
 }
 

@@ -12,7 +12,7 @@ from ..data import OPENING_KEYS, augmentation_sheet, open_pictures, open_trainin
 from ..data.readable import REPORT_NAME
 from ..domains import MixedDomains
 from ..semi_supervised import WithUnlabelled
-from ..text_replay import cut_texts, mix_text_replay
+from ..text_replay import cut_texts, mix_text_replay, put_texts_beside
 from .domain_data import DOMAIN_KEYS, domain_names
 from .schema import Stage
 from .unlabelled_data import PER_SAMPLE, UNLABELLED_KEYS, is_picture_folder, picture_rows
@@ -89,7 +89,12 @@ def stage_dataset(
     if replay.get("texts"):
         max_length = replay.get("max_length") or stage.max_length or 512
         texts = cut_texts(held_out_texts(replay["texts"]), processor, max_length)
-        train = mix_text_replay(train, texts, replay.get("share", 0.2), seed)
+        if not replay.get("beside"):
+            train = mix_text_replay(train, texts, replay.get("share", 0.2), seed)
+        elif "text_kl" in stage.losses:
+            if not hasattr(train, "__len__"):
+                raise ValueError("text_replay: texts cannot be put beside streamed data. Write `share`, not `beside`.")
+            train = put_texts_beside(train, texts, replay["beside"], seed)
     return train, held_out
 
 

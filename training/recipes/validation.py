@@ -111,6 +111,7 @@ def _check_model(values: dict[str, Any], findings: Findings) -> None:
 def _check_stages(values: dict[str, Any], findings: Findings) -> None:
     if not values["stages"]:
         findings.add(("stages",), "there is no stage; write at least one, with `name`, `epochs` and `parts`.")
+    _check_texts_beside(values, findings)
     for index, stage in enumerate(values["stages"]):
         path: KeyPath = ("stages", index)
         if not check_mapping(stage, STAGE, path, findings):
@@ -245,6 +246,19 @@ def _check_forgetting(values: dict[str, Any], path: KeyPath, findings: Findings)
 def _check_text_replay(values: dict[str, Any], path: KeyPath, findings: Findings) -> None:
     keys = TEXT_REPLAY if path == ("text_replay",) else {**TEXT_REPLAY, "texts": Key("text or list", "texts")}
     check_mapping(values, keys, path, findings)
+    if "share" in values and "beside" in values:
+        findings.add((*path, "beside"), "`share` and `beside` exclude each other; keep one.")
+
+
+def _check_texts_beside(values: dict[str, Any], findings: Findings) -> None:
+    """Nothing but one loss reads texts beside samples."""
+    stages = [stage for stage in values["stages"] if isinstance(stage, dict)]
+    places = [(values, (), stages), *((stage, ("stages", index), [stage]) for index, stage in enumerate(stages))]
+    for holder, path, concerned in places:
+        if _mapping(holder, "text_replay").get("beside") and not any(
+            "text_kl" in _mapping(stage, "losses") for stage in concerned
+        ):
+            findings.add((*path, "text_replay", "beside"), "it is for the loss `text_kl`; write that too, or `share`.")
 
 
 _SECTIONS = {

@@ -318,6 +318,23 @@ def test_text_is_replayed_and_kept_to_by_a_loss(tiny, tmp_path):
     assert len(error.value.problems) == 2
 
 
+def test_texts_beside_are_for_a_loss(tiny, tmp_path):
+    """The batches have pictures alone, and the loss is measured all the same; where it is missing, the recipe is wrong."""
+    losses = {"language_model": 1.0, "text_kl": {"weight": 0.5}}
+    stage = {"name": "all", "max_steps": 4, "parts": {"projector": 1e-3, "language_model": 1e-3}}
+    texts = {"texts": str(tiny["folder"] / "texts.txt"), "beside": 1}
+    recipe = load_recipe(write_recipe(tmp_path, tiny, [{**stage, "losses": losses}], text_replay=texts))
+    (result,) = train_recipe(recipe)
+    measured = [entry["loss/text_kl"] for entry in result.history if "loss/text_kl" in entry]
+    assert measured[0] == pytest.approx(0, abs=1e-6) and measured[-1] > 0
+    with pytest.raises(RecipeError, match="text_kl") as error:
+        load_recipe(write_recipe(tmp_path, tiny, [stage], text_replay=texts))
+    assert len(error.value.problems) == 1
+    both = {**texts, "share": 0.5}
+    with pytest.raises(RecipeError, match="exclude each other"):
+        load_recipe(write_recipe(tmp_path, tiny, [{**stage, "losses": losses}], text_replay=both))
+
+
 class Warn(TrainerCallback):
     """Warnings from a file of nobody's."""
 
