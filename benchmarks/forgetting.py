@@ -204,15 +204,15 @@ def main(
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 3,
     first_seed: Annotated[int, typer.Option(help="The first of them.")] = 0,
     arms: Annotated[str, typer.Option(help="Which, separated by commas.")] = ",".join(ARMS),
-    pictures: Annotated[int, typer.Option(help="Pictures to learn from, each seen once.")] = 600,
+    pictures: Annotated[int, typer.Option(help="Pictures to learn from, each seen once.")] = 480,
     texts: Annotated[float, typer.Option(help="Stories for each picture, where there are any.")] = 0.5,
     tokens: Annotated[int, typer.Option(help="Most tokens of a story.")] = 48,
     held_out: Annotated[int, typer.Option(help="Held-out stories.")] = 48,
     batch_size: Annotated[int, typer.Option(help="Pictures in a step.")] = 4,
-    language_model_rate: Annotated[float, typer.Option(help="Learning rate of the language model.")] = 4e-5,
+    language_model_rate: Annotated[float, typer.Option(help="Learning rate of the language model.")] = 5e-5,
     projector_rate: Annotated[float, typer.Option(help="Learning rate of the projector.")] = 1e-3,
-    kl_weight: Annotated[float, typer.Option(help="Weight of the KL term.")] = 10.0,
-    test: Annotated[int, typer.Option(help="Test pictures.")] = 500,
+    kl_weight: Annotated[float, typer.Option(help="Weight of the KL term.")] = 20.0,
+    test: Annotated[int, typer.Option(help="Test pictures.")] = 300,
     quick: Annotated[bool, typer.Option("--quick", help="Random pictures, tiny random parts: does it run?")] = False,
 ) -> None:
     """What learning about pictures costs a language model in text alone, and what helps."""
@@ -255,7 +255,7 @@ def main(
             results.append(train(arm, seed, made, folders, read, settings))
             numbers = {key: round(value, 4) for key, value in results[-1].items() if key not in ("arm", "seed")}
             console.print(f"{ARMS[arm]}, seed {seed}: {numbers}")
-    output.write_text(json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
+            output.write_text(json.dumps({"settings": settings, "results": results}, indent=2) + "\n")
     table = Table("", "seed", "perplexity before", "after", "change", "exact answers", title="forgetting")
     for result in results:
         cells = (
