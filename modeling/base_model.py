@@ -271,7 +271,7 @@ class AnyVlmModel(ImageFeaturesMixin, FusionMixin, PreTrainedModel):
         Raises:
             ValueError: its samples would not stay apart.
         """
-        packing = self.language_model_interface.spec["packing"]
+        packing = self.language_model_interface.spec.get("packing")
         if packing is False:
             raise ValueError(
                 "Samples packed in one row would change one another in this language model. Pass one sample in each row."

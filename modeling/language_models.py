@@ -10,7 +10,7 @@ read here from `language_model_spec`:
 | `left_padding`, `right_padding` | whether padding on that side leaves a sample's logits as they are | true |
 | `use_cache` | whether decoding with its cache gives what a whole forward pass gives | true |
 | `position_axes` | numbers that the position of a token has: 3 with multi-axis rotary positions (`image_positions.py`) | 1 |
-| `packing` | how samples are kept apart that are packed in one row (`packed_samples.py`); `null`: not measured | null |
+| `packing` | how samples are kept apart that are packed in one row (`packed_samples.py`) | not measured until it is wanted |
 | `own_loss` | whether its loss is the shifted cross-entropy of causal LMs (with auxiliary losses or without) | true |
 """
 
@@ -34,7 +34,6 @@ DEFAULT_SPEC = {
     "right_padding": True,
     "use_cache": True,
     "own_loss": True,
-    "packing": None,
 }
 
 
