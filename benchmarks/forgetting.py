@@ -12,7 +12,7 @@ The stories are the language model's own, drawn at temperature 1 from its start 
 its own words are what one has when its data are not at hand. Stories beside the pictures and held-out ones are drawn with
 different seeds, and each of the former is read once.
 
-The settings were chosen with seed 100, which is not among those that are reported.
+Rates and steps were sought with seed 100; docs/training_forgetting.md says what was tried.
 
 `--models` is a folder with `dinov2-small` and `stories-15m`. The pictures are those of Debian's package
 dataset-fashion-mnist: found where it is installed, fetched with `apt-get download` otherwise, or in `--data`. All seeds take
