@@ -16,7 +16,7 @@ Rates and steps were sought with seed 100; docs/training_forgetting.md says what
 
 `--models` is a folder with `dinov2-small` and `stories-15m`. The pictures are those of Debian's package
 dataset-fashion-mnist: found where it is installed, fetched with `apt-get download` otherwise, or in `--data`. All seeds take
-about 7 minutes of one core.
+about 12 minutes of one core.
 """
 
 import json
@@ -205,13 +205,13 @@ def main(
     first_seed: Annotated[int, typer.Option(help="The first of them.")] = 0,
     arms: Annotated[str, typer.Option(help="Which, separated by commas.")] = ",".join(ARMS),
     pictures: Annotated[int, typer.Option(help="Pictures to learn from, each seen once.")] = 480,
-    texts: Annotated[float, typer.Option(help="Stories for each picture, where there are any.")] = 0.5,
+    texts: Annotated[float, typer.Option(help="Stories for each picture, where there are any.")] = 2.0,
     tokens: Annotated[int, typer.Option(help="Most tokens of a story.")] = 48,
     held_out: Annotated[int, typer.Option(help="Held-out stories.")] = 48,
     batch_size: Annotated[int, typer.Option(help="Pictures in a step.")] = 4,
     language_model_rate: Annotated[float, typer.Option(help="Learning rate of the language model.")] = 5e-5,
     projector_rate: Annotated[float, typer.Option(help="Learning rate of the projector.")] = 1e-3,
-    kl_weight: Annotated[float, typer.Option(help="Weight of the KL term.")] = 20.0,
+    kl_weight: Annotated[float, typer.Option(help="Weight of the KL term.")] = 10.0,
     test: Annotated[int, typer.Option(help="Test pictures.")] = 300,
     quick: Annotated[bool, typer.Option("--quick", help="Random pictures, tiny random parts: does it run?")] = False,
 ) -> None:
