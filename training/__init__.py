@@ -26,7 +26,7 @@ from .parts.merging import merge_adapters
 from .parts.trained_parts import TrainedParts, train_parts
 from .safe_checkpoints import SafeCheckpointsMixin, last_complete_checkpoint
 from .semi_supervised import SemiSupervisedObjective, WithUnlabelled
-from .text_replay import cut_texts, mix_text_replay
+from .text_replay import cut_texts, mix_text_replay, put_texts_beside
 from .trainer import AnyVlmTrainer
 
 
@@ -65,6 +65,7 @@ __all__ = [
     "mix_text_replay",
     "open_pictures",
     "open_training_data",
+    "put_texts_beside",
     "text_perplexity",
     "train_parts",
     "without_answers",
