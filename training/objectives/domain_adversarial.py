@@ -9,7 +9,14 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from .base import Objective, ObjectiveBatch
-from .picture_features import composed_model, media_of, pooled_features, view_features, views_of_pictures
+from .picture_features import (
+    composed_model,
+    media_of,
+    pooled_features,
+    trained_features,
+    view_features,
+    views_of_pictures,
+)
 
 
 class _Reversal(torch.autograd.Function):
@@ -137,15 +144,9 @@ class DomainAdversarialObjective(Objective):
         Raises:
             ValueError: the tower is frozen.
         """
-        if batch.outputs.image_features is None:
+        features = trained_features(batch, "its features cannot come closer to each other")
+        if features is None:
             return None
-        features = batch.outputs.image_features.last_hidden_state
-        if not features.requires_grad:
-            raise ValueError(
-                "The vision tower is frozen, so its features cannot come closer to each other. Train at least its last "
-                'layers (train_parts(model, {"vision_tower": {"train": "last 4 layers"}, …})), give this loss weight 0 '
-                "while it is frozen, or leave the loss out."
-            )
         config = composed_model(batch.model).config
         views, _ = view_features(config, batch.inputs, features)
         pooled = pooled_features(views, views_of_pictures(config, batch.inputs, len(views)))

@@ -22,7 +22,14 @@ from ...modeling.modeling_anyvlm import AnyVlmForConditionalGeneration
 from ...modeling.vision_towers import call_vision_tower, read_features
 from .base import Objective, ObjectiveBatch
 from .fingerprint import weights_fingerprint
-from .picture_features import composed_model, media_of, tower_inputs, view_features, views_of_pictures
+from .picture_features import (
+    composed_model,
+    media_of,
+    tower_inputs,
+    trained_features,
+    view_features,
+    views_of_pictures,
+)
 
 
 def _normalised(features: torch.Tensor) -> torch.Tensor:
@@ -175,15 +182,9 @@ class FeatureDistillationObjective(Objective):
         Raises:
             ValueError: the tower is frozen.
         """
-        if batch.outputs.image_features is None:
+        features = trained_features(batch, "it stays where it is without this loss")
+        if features is None:
             return None
-        features = batch.outputs.image_features.last_hidden_state
-        if not features.requires_grad:
-            raise ValueError(
-                "The vision tower is frozen, so it stays where it is without this loss. Train at least its last layers "
-                '(train_parts(model, {"vision_tower": {"train": "last 4 layers"}, …})), give this loss weight 0 while it '
-                "is frozen, or leave the loss out."
-            )
         config = composed_model(batch.model).config
         views, grids = view_features(config, batch.inputs, features)
         seen = batch.inputs if self.teacher.image_processor is None else batch.extra

@@ -15,6 +15,7 @@ from ...modeling.picture_inputs import PROCESSOR_KEYS
 from ...modeling.video_tokens import check_frames
 from ...modeling.view_joining import check_views
 from ..collator import place_media
+from .base import ObjectiveBatch
 
 
 def composed_model(model: nn.Module) -> PreTrainedModel:
@@ -39,6 +40,27 @@ def tower_inputs(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """What of a model's inputs its tower reads beside `pixel_values`."""
     names = [name for name in PROCESSOR_KEYS if name not in INSTRUCTION_KEYS]
     return {name: inputs[name] for name in names if inputs.get(name) is not None}
+
+
+def trained_features(batch: ObjectiveBatch, otherwise: str) -> torch.Tensor | None:
+    """The tower's features with their graph; `None` if the batch has no pictures.
+
+    Args:
+        otherwise: What a frozen tower does, for the error.
+
+    Raises:
+        ValueError: the tower is frozen.
+    """
+    if batch.outputs.image_features is None:
+        return None
+    features = batch.outputs.image_features.last_hidden_state
+    if not features.requires_grad:
+        raise ValueError(
+            f"The vision tower is frozen, so {otherwise}. Train at least its last layers "
+            '(train_parts(model, {"vision_tower": {"train": "last 4 layers"}, …})), give this loss weight 0 while it is '
+            "frozen, or leave the loss out."
+        )
+    return features
 
 
 def view_features(
